@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+#
+# Every target has a help line after two hashes. What needs more than a line of
+# shell is in scripts/.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+GO ?= go
+export GO
+
+# The major version of clang that the committed BPF objects were made with.
+# Another one makes other bytes.
+export BPF_CLANG := 14
+
+# Off only where the race detector is not to be had.
+RACE ?= -race
+export RACE
+
+# PRIVILEGED=0 leaves the privileged tests out, loudly.
+PRIVILEGED ?= 1
+export PRIVILEGED
+
+# Packages that test-unit, test-race and bench look at.
+PKG ?= ./...
+BENCH ?= .
+FUZZTIME ?= 10s
+export FUZZTIME
+
+VERSION ?= $(shell scripts/version)
+# Names and symbols of the linker are left out; Go's own tracebacks need none.
+GO_BUILD = CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)'
+COMMANDS = $(notdir $(wildcard cmd/*))
+IMAGE ?= latchkey:$(VERSION)
+
+.PHONY: help
+help: ## Show this help
+	@awk 'BEGIN {FS = ":.*## "} /^[a-zA-Z_-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "  Variables: VERSION PKG BENCH FUZZTIME IMAGE, RACE= (no race detector), PRIVILEGED=0, KEEP=1 (demo)"
+
+.PHONY: all
+all: generate build lint test-unit ## Generate, build, lint, unit tests
+
+.PHONY: setup
+setup: ## Install the tools that the tests need (Debian packages; as root)
+	@scripts/setup
+
+.PHONY: generate
+generate: ## Compile the BPF programs and their Go types
+	@scripts/generate bpf
+
+.PHONY: check-generated
+check-generated: ## Fail if the committed BPF objects are not what the sources give
+	@scripts/stage check-generated scripts/check-generated
+
+.PHONY: build
+build: ## Build static binaries of every command into bin/
+	@if [ -z "$(COMMANDS)" ]; then echo "nothing below cmd/ to build" >&2; exit 1; fi
+	@mkdir -p bin
+	@for c in $(COMMANDS); do \
+		echo "building bin/$$c $(VERSION)"; \
+		$(GO_BUILD) -o "bin/$$c" "./cmd/$$c"; \
+	done
+
+.PHONY: demo
+demo: ## Show it work on a node of its own (needs root); KEEP=1 leaves it running
+	@echo "Building. The first build compiles every dependency and takes minutes; later ones take seconds."
+	@$(MAKE) build
+	@echo "building bin/awsgo (a client that uses aws-sdk-go-v2)"
+	@$(GO_BUILD) -o bin/awsgo ./test/clients/awsgo
+	@echo "building bin/latchkey-demo"
+	@$(GO_BUILD) -o bin/latchkey-demo ./demo
+	@scripts/as-root env KEEP="$${KEEP:-}" bin/latchkey-demo
+
+.PHONY: test
+test: setup lint check-generated test-race test-privileged ## Everything: set-up, lint, generated files, unit and privileged tests
+
+.PHONY: test-unit
+test-unit: ## Unit tests, without the race detector
+	@scripts/stage test-unit $(GO) test $(PKG)
+
+.PHONY: test-race
+test-race: ## Unit tests with the race detector
+	@scripts/stage test-race $(GO) test $(RACE) $(PKG)
+
+.PHONY: test-privileged
+test-privileged: ## Tests on the real kernel (needs root, BTF and cgroup v2)
+	@scripts/stage test-privileged scripts/test-privileged
+
+.PHONY: lint
+lint: ## Formatting, vet, staticcheck, shellcheck and the rules of the repository
+	@scripts/stage lint scripts/lint
+
+.PHONY: fmt
+fmt: ## Format Go and C
+	@find . -name '*.go' -not -path '*/node_modules/*' -print0 | xargs -0 gofmt -w
+	@find bpf -name '*.[ch]' -print0 | xargs -0 clang-format -i
+
+.PHONY: bench
+bench: ## Benchmarks of the packages PKG (BENCH chooses by regular expression)
+	@$(GO) test -run '^$$' -bench '$(BENCH)' -benchmem $(PKG)
+
+.PHONY: fuzz
+fuzz: ## Run every fuzz target for FUZZTIME
+	@scripts/stage fuzz scripts/fuzz
+
+.PHONY: docker
+docker: ## Build the agent's image (needs a container engine); IMAGE names it
+	docker build --build-arg VERSION=$(VERSION) -t $(IMAGE) .
+
+.PHONY: clean
+clean: ## Remove what was built
+	@rm -rf bin dist
