@@ -264,11 +264,13 @@ func (k *Keys) fetch(ctx context.Context) error {
 	return nil
 }
 
-// store puts a set to use, and on disk.
+// store puts a set to use, then on disk: a slow disk must not hold new keys
+// back. Only the one fetch under way calls it.
 func (k *Keys) store(set *publishedSet) {
-	next := *set
-	next.cachedAs = k.saveCache(set)
-	k.set.Store(&next)
+	k.set.Store(set)
+	saved := *set
+	saved.cachedAs = k.saveCache(set)
+	k.set.Store(&saved)
 }
 
 // Stats are counters since the start, and the state of the keys.
