@@ -1,0 +1,279 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package clients holds real, unmodified AWS clients to be run in pods, and
+// what they report. The Go client is a function ([Fetch]), so that a test can
+// run it as a testnode action, and a program (awsgo). The JavaScript clients
+// are in js.
+package clients
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptrace"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/aws/aws-sdk-go-v2/aws"
+	"github.com/aws/aws-sdk-go-v2/config"
+)
+
+// The environment variables that the SDKs read and the pod-identity webhook
+// sets.
+const (
+	EnvURI       = "AWS_CONTAINER_CREDENTIALS_FULL_URI"
+	EnvToken     = "AWS_CONTAINER_AUTHORIZATION_TOKEN"
+	EnvTokenFile = "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"
+)
+
+// maxBody bounds what is kept of a response.
+const maxBody = 64 << 10
+
+// ErrNotInstalled means that the JavaScript clients' modules are missing.
+var ErrNotInstalled = errors.New("the JavaScript clients are not installed: run `npm install --no-audit --no-fund` in test/clients/js")
+
+// Result is what a client reports, as one line of JSON. It holds nothing that
+// could be used: no secret key, no session token, no service-account token.
+type Result struct {
+	// AccessKeyID is of the credentials received.
+	AccessKeyID string `json:"access_key_id,omitempty"`
+	// AccountID is theirs too. JavaScript's HTTP provider (3.972) drops it.
+	AccountID string `json:"account_id,omitempty"`
+	// Expires is when the SDK takes them to end, in RFC 3339; empty if never.
+	// The default configuration of aws-sdk-go-v2 makes that 5 minutes earlier
+	// than the endpoint said.
+	Expires string `json:"expires,omitempty"`
+	// Source is what the SDK calls the provider they came from.
+	Source string `json:"source,omitempty"`
+	// Error is why there are none; empty on success.
+	Error string `json:"error,omitempty"`
+	// DurationMS is how long it took, retries included, in milliseconds.
+	DurationMS float64 `json:"duration_ms"`
+}
+
+// Fetch gets credentials as any program does that uses aws-sdk-go-v2: by the
+// default chain and nothing but the process's environment. It never fails
+// otherwise than in Result.Error.
+func Fetch(ctx context.Context) Result {
+	start := time.Now()
+	creds, err := retrieve(ctx)
+	result := Result{DurationMS: milliseconds(start)}
+	if err != nil {
+		result.Error = redact(err.Error(), os.Getenv(EnvTokenFile))
+		return result
+	}
+	result.AccessKeyID = creds.AccessKeyID
+	result.AccountID = creds.AccountID
+	result.Source = creds.Source
+	if creds.CanExpire {
+		result.Expires = creds.Expires.UTC().Format(time.RFC3339)
+	}
+	return result
+}
+
+func retrieve(ctx context.Context) (aws.Credentials, error) {
+	cfg, err := config.LoadDefaultConfig(ctx)
+	if err != nil {
+		return aws.Credentials{}, fmt.Errorf("loading the SDK's configuration: %w", err)
+	}
+	return cfg.Credentials.Retrieve(ctx)
+}
+
+func milliseconds(since time.Time) float64 {
+	return float64(time.Since(since).Microseconds()) / 1000
+}
+
+// redact takes tokens out of a text that is going to be printed: a server or
+// an SDK may quote what it was sent.
+func redact(text string, tokenFiles ...string) string {
+	tokens := []string{os.Getenv(EnvToken)}
+	for _, file := range tokenFiles {
+		if token, err := os.ReadFile(file); err == nil {
+			tokens = append(tokens, string(token), strings.TrimSpace(string(token)))
+		}
+	}
+	for _, token := range tokens {
+		if token != "" {
+			text = strings.ReplaceAll(text, token, "[token]")
+		}
+	}
+	return text
+}
+
+// HoldResult is what [Hold] reports of one request, as one line of JSON.
+type HoldResult struct {
+	// Status is the HTTP status; 0 if there was no response.
+	Status int `json:"status"`
+	// Connection counts the connections opened, from 1. While it stays the
+	// same, so did the connection.
+	Connection int `json:"connection"`
+	// Local is the connection's own address.
+	Local string `json:"local,omitempty"`
+	// Closed says that the server will close the connection.
+	Closed bool `json:"closed,omitempty"`
+	// AccessKeyID and AccountID are of the credentials received.
+	AccessKeyID string `json:"access_key_id,omitempty"`
+	AccountID   string `json:"account_id,omitempty"`
+	// Body is the response, unless it holds credentials.
+	Body string `json:"body,omitempty"`
+	// Error is why there is no response.
+	Error string `json:"error,omitempty"`
+	// DurationMS is how long it took, in milliseconds.
+	DurationMS float64 `json:"duration_ms"`
+}
+
+// Hold makes requests over one kept connection, on command: a line "get" on in
+// makes one with the token of EnvTokenFile, "get FILE" one with the token of
+// that file; each is answered by a line of JSON ([HoldResult]) on out. The
+// requests have the headers of aws-sdk-go-v2's, but are not retried and go
+// through no proxy. It returns when in ends.
+func Hold(ctx context.Context, in io.Reader, out io.Writer) error {
+	h := holder{uri: os.Getenv(EnvURI)}
+	dialer := &net.Dialer{}
+	transport := &http.Transport{
+		MaxConnsPerHost:     1,
+		MaxIdleConnsPerHost: 1,
+		// Kept for as long as the server does.
+		IdleConnTimeout: 0,
+		DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
+			h.connections++
+			return dialer.DialContext(ctx, network, address)
+		},
+	}
+	defer transport.CloseIdleConnections()
+	h.client = &http.Client{
+		Transport: transport,
+		Timeout:   30 * time.Second,
+		CheckRedirect: func(*http.Request, []*http.Request) error {
+			return http.ErrUseLastResponse
+		},
+	}
+	lines := bufio.NewScanner(in)
+	encoder := json.NewEncoder(out)
+	for lines.Scan() {
+		words := strings.Fields(lines.Text())
+		if len(words) == 0 {
+			continue
+		}
+		if words[0] != "get" || len(words) > 2 {
+			return fmt.Errorf("unknown command %q: want get [FILE]", lines.Text())
+		}
+		file := os.Getenv(EnvTokenFile)
+		if len(words) == 2 {
+			file = words[1]
+		}
+		if err := encoder.Encode(h.get(ctx, file)); err != nil {
+			return fmt.Errorf("reporting: %w", err)
+		}
+	}
+	if err := lines.Err(); err != nil {
+		return fmt.Errorf("reading commands: %w", err)
+	}
+	return nil
+}
+
+type holder struct {
+	uri    string
+	client *http.Client
+	// Requests follow each other, and none is retried on a new connection
+	// while another is dialed.
+	connections int
+}
+
+func (h *holder) get(ctx context.Context, tokenFile string) HoldResult {
+	start := time.Now()
+	result, err := h.do(ctx, tokenFile)
+	if err != nil {
+		result.Error = redact(err.Error(), tokenFile)
+	}
+	result.Body = redact(result.Body, tokenFile)
+	result.Connection = h.connections
+	result.DurationMS = milliseconds(start)
+	return result
+}
+
+func (h *holder) do(ctx context.Context, tokenFile string) (HoldResult, error) {
+	var result HoldResult
+	token, err := os.ReadFile(tokenFile)
+	if err != nil {
+		return result, fmt.Errorf("reading the token: %w", err)
+	}
+	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		GotConn: func(info httptrace.GotConnInfo) { result.Local = info.Conn.LocalAddr().String() },
+	})
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, h.uri, nil)
+	if err != nil {
+		return result, fmt.Errorf("making a request: %w", err)
+	}
+	req.Header.Set("Authorization", string(token))
+	req.Header.Set("Accept", "application/json")
+	req.Header.Set("User-Agent", "aws-sdk-go-v2")
+	// net/http would ask for compression; the SDK asks for none.
+	req.Header.Set("Accept-Encoding", "identity")
+	resp, err := h.client.Do(req)
+	if err != nil {
+		return result, err
+	}
+	defer resp.Body.Close()
+	result.Status, result.Closed = resp.StatusCode, resp.Close
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxBody))
+	if err != nil {
+		return result, fmt.Errorf("reading the response: %w", err)
+	}
+	if resp.StatusCode != http.StatusOK {
+		result.Body = string(body)
+		return result, nil
+	}
+	var creds struct{ AccessKeyId, AccountId string }
+	if err := json.Unmarshal(body, &creds); err != nil {
+		// Not quoted: it may be credentials all the same.
+		return result, errors.New("the response is not JSON")
+	}
+	result.AccessKeyID, result.AccountID = creds.AccessKeyId, creds.AccountId
+	return result, nil
+}
+
+// JSProvider is one of the JavaScript clients.
+type JSProvider string
+
+// The providers of the AWS SDK for JavaScript v3 that speak to the agent.
+const (
+	// JSHTTP is @aws-sdk/credential-provider-http, part of the default chain.
+	JSHTTP JSProvider = "http"
+	// JSMetadata is fromContainerMetadata of @smithy/credential-provider-imds:
+	// it allows localhost only and reads the token from EnvToken only.
+	JSMetadata JSProvider = "metadata"
+)
+
+// JS is the command line that runs a JavaScript client, which prints a
+// [Result]; its exit status is 1 if it got no credentials. The working
+// directory must be inside the repository. The error is [ErrNotInstalled] if
+// its modules are missing.
+func JS(provider JSProvider) ([]string, error) {
+	dir, err := os.Getwd()
+	if err != nil {
+		return nil, fmt.Errorf("looking for the JavaScript clients: %w", err)
+	}
+	for {
+		if _, err := os.Stat(filepath.Join(dir, "go.mod")); err == nil {
+			break
+		}
+		parent := filepath.Dir(dir)
+		if parent == dir {
+			return nil, errors.New("looking for the JavaScript clients: not inside the repository")
+		}
+		dir = parent
+	}
+	dir = filepath.Join(dir, "test", "clients", "js")
+	if _, err := os.Stat(filepath.Join(dir, "node_modules", ".package-lock.json")); err != nil {
+		return nil, ErrNotInstalled
+	}
+	return []string{"node", filepath.Join(dir, "client.mjs"), string(provider)}, nil
+}
