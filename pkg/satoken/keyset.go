@@ -112,7 +112,7 @@ func (s *KeySet) Lookup(_ context.Context, issuer, kid string) (Key, error) {
 }
 
 func (s *KeySet) readJWKS(document []byte) error {
-	if nesting(document) > maxNesting {
+	if nesting, _ := shape(document); nesting > maxNesting {
 		return errors.New("key set is nested too deeply")
 	}
 	var doc struct {

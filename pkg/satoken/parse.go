@@ -28,6 +28,10 @@ const (
 	// maxNesting is the deepest JSON looked at. Real claims have three levels;
 	// the decoder recurses, so depth is memory that a pod makes us use.
 	maxNesting = 16
+	// maxCommas bounds the members and elements of claims and header alike. Real
+	// claims have about 15; a token full of them would cost ten times what
+	// checking a signature does.
+	maxCommas = 128
 	// maxTime is the end of year 9999, where RFC 3339 ends.
 	maxTime = 253402300799
 )
@@ -125,7 +129,7 @@ func identity(header, payload []byte) (id [32]byte) {
 // matches names exactly and refuses repeated ones at every level:
 // encoding/json would let "SUB" overwrite "sub".
 func decodeObject(b []byte) (map[string]any, bool) {
-	if !utf8.Valid(b) || nesting(b) > maxNesting {
+	if nesting, commas := shape(b); nesting > maxNesting || commas > maxCommas || !utf8.Valid(b) {
 		return nil, false
 	}
 	var v map[string]any
@@ -135,8 +139,9 @@ func decodeObject(b []byte) (map[string]any, bool) {
 	return v, true
 }
 
-// nesting is the depth of arrays and objects, exact for valid JSON.
-func nesting(b []byte) (deepest int) {
+// shape measures JSON before it is decoded: the depth of arrays and objects, and
+// the number of commas between their entries. Both are exact for valid JSON.
+func shape(b []byte) (nesting, commas int) {
 	depth, quoted := 0, false
 	for i := 0; i < len(b); i++ {
 		switch c := b[i]; {
@@ -147,18 +152,20 @@ func nesting(b []byte) (deepest int) {
 		case quoted:
 		case c == '{' || c == '[':
 			depth++
-			deepest = max(deepest, depth)
+			nesting = max(nesting, depth)
 		case c == '}' || c == ']':
 			depth--
+		case c == ',':
+			commas++
 		}
 	}
-	return deepest
+	return nesting, commas
 }
 
 func (c *claims) readHeader(b []byte) *Error {
 	header, ok := decodeObject(b)
 	if !ok {
-		return malformed("header is not a JSON object with unique names")
+		return malformed("header is not a plain JSON object")
 	}
 	// crit and b64 change what the signature covers; the others let a token
 	// bring its own key. Kubernetes writes none of them.
@@ -188,7 +195,7 @@ func (c *claims) readHeader(b []byte) *Error {
 func (c *claims) readPayload(b []byte) *Error {
 	payload, ok := decodeObject(b)
 	if !ok {
-		return malformed("claims are not a JSON object with unique names")
+		return malformed("claims are not a plain JSON object")
 	}
 	if c.issuer, _ = payload["iss"].(string); c.issuer == "" {
 		return malformed("claim iss is missing or not a string")

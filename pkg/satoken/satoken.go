@@ -176,6 +176,9 @@ func NewVerifier(cfg Config) (*Verifier, error) {
 // this order, so that no junk causes keys to be fetched. Errors are of type
 // *Error. raw is not kept.
 //
+// Leeway allows a token to be accepted for a moment after its Expiry; whoever
+// keeps the result compares Expiry itself.
+//
 // It may wait for keys to be fetched, for as long as ctx allows; then the error
 // is ErrKeysUnavailable.
 func (v *Verifier) Verify(ctx context.Context, raw string) (evidence.Token, error) {

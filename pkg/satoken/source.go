@@ -264,7 +264,7 @@ func discover(ctx context.Context, get getFunc, address string) (discovery, erro
 		return discovery{}, err
 	}
 	var found discovery
-	if nesting(data) > maxNesting {
+	if nesting, _ := shape(data); nesting > maxNesting {
 		return discovery{}, errors.New("discovery document is nested too deeply")
 	}
 	if err := json.Unmarshal(data, &found); err != nil {
