@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -20,6 +21,9 @@ import (
 const (
 	forever      = 0xffffffff // INFINITY_LIFE_TIME of linux/if_addr.h
 	dumpAttempts = 5
+
+	localAttempts = 200
+	localInterval = 5 * time.Millisecond
 )
 
 // Ensure puts every address in place that can be: link, address, host route.
@@ -36,7 +40,7 @@ func (k *Keeper) Ensure(ctx context.Context) (Result, error) {
 		return k.last.clone(), fmt.Errorf("ensuring link-local addresses: %w", err)
 	}
 	before := k.last
-	k.last = k.ensure(before)
+	k.last = k.ensure(ctx, before)
 	for i := range k.last.Addresses {
 		a, was := &k.last.Addresses[i], before.Addresses[i]
 		a.Repairs, a.seen = was.Repairs, was.seen || a.Present
@@ -153,7 +157,7 @@ func hostNet(a netip.Addr) *net.IPNet {
 	return &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(a.BitLen(), a.BitLen())}
 }
 
-func (k *Keeper) ensure(before Result) Result {
+func (k *Keeper) ensure(ctx context.Context, before Result) Result {
 	r := Result{Addresses: make([]AddressState, len(k.cfg.Addresses))}
 	for i, a := range k.cfg.Addresses {
 		r.Addresses[i].Address = a
@@ -201,7 +205,7 @@ func (k *Keeper) ensure(before Result) Result {
 			// up), but it cannot be relied on.
 			a.Err = err
 		default:
-			k.place(target, plans[i], a)
+			k.place(ctx, target, plans[i], a)
 			a.Changed = a.Changed || linkChanged
 		}
 	}
@@ -416,7 +420,7 @@ func (k *Keeper) makeDummy() (netlink.Link, error) {
 }
 
 // place adds address and route and writes the outcome to s.
-func (k *Keeper) place(link netlink.Link, p plan, s *AddressState) {
+func (k *Keeper) place(ctx context.Context, link netlink.Link, p plan, s *AddressState) {
 	a := s.Address
 	s.Err = p.err
 	if a.Is6() && !p.there {
@@ -433,6 +437,10 @@ func (k *Keeper) place(link netlink.Link, p plan, s *AddressState) {
 			return
 		}
 		s.Changed = true
+		if err := k.awaitLocal(ctx, a); err != nil {
+			s.Err = err
+			return
+		}
 	}
 	s.Present = true
 
@@ -514,6 +522,34 @@ func (k *Keeper) addAddress(link netlink.Link, a netip.Addr) error {
 		return fmt.Errorf("adding %s to link %s: %w: %w", a, attrs.Name, ErrIPv6Disabled, err)
 	}
 	return fmt.Errorf("adding %s to link %s: %w", a, attrs.Name, err)
+}
+
+// awaitLocal waits until the local table has a just added IPv6 address: the
+// kernel puts it there from a work queue (addrconf_dad_work), even without
+// duplicate address detection. Until then it can be bound, but a connection
+// to it is lost.
+func (k *Keeper) awaitLocal(ctx context.Context, a netip.Addr) error {
+	if a.Is4() {
+		return nil
+	}
+	for range localAttempts {
+		routes, err := dump("local table", func() ([]netlink.Route, error) {
+			return k.nl.RouteListFiltered(netlink.FAMILY_V6, &netlink.Route{Table: unix.RT_TABLE_LOCAL, Dst: hostNet(a)},
+				netlink.RT_FILTER_TABLE|netlink.RT_FILTER_DST)
+		})
+		if err != nil {
+			return fmt.Errorf("%s: %w", a, err)
+		}
+		if len(routes) > 0 {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("%s: %w", a, ctx.Err())
+		case <-time.After(localInterval):
+		}
+	}
+	return fmt.Errorf("%s: %w: the kernel has not put it into the local table", a, ErrNotUsable)
 }
 
 func hasAltName(link netlink.Link, name string) bool {

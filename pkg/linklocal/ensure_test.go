@@ -10,6 +10,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -442,6 +444,30 @@ func TestEnsureRepairs(t *testing.T) {
 		_ = nl.LinkDel(nl.link(DefaultLinkName))
 		if r := mustEnsure(t, k); r.Adopted || !markedLink(nl.link(DefaultLinkName)) {
 			t.Errorf("the new link is ours and has to say so: %+v", r)
+		}
+	})
+}
+
+func TestEnsureWaitsForTheLocalTable(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		nl := newFakeKernel()
+		nl.noLocal = true
+		k := mustKeeper(t, nl)
+		go func() {
+			time.Sleep(100 * time.Millisecond)
+			nl.mu.Lock()
+			defer nl.mu.Unlock()
+			nl.routes = append(nl.routes, netlink.Route{Dst: hostNet(v6), Table: unix.RT_TABLE_LOCAL, Type: unix.RTN_LOCAL})
+		}()
+		if r := mustEnsure(t, k); !r.Addresses[1].Present || r.Addresses[1].Err != nil {
+			t.Errorf("%+v", r.Addresses[1])
+		}
+	})
+	synctest.Test(t, func(t *testing.T) {
+		nl := newFakeKernel()
+		nl.noLocal = true
+		if r := mustEnsure(t, mustKeeper(t, nl)); r.Addresses[1].Present || !errors.Is(r.Addresses[1].Err, ErrNotUsable) || !r.Addresses[0].Present {
+			t.Errorf("%+v", r)
 		}
 	})
 }

@@ -26,6 +26,7 @@ var (
 type fakeKernel struct {
 	mu      sync.Mutex
 	noDummy bool
+	noLocal bool             // IPv6 addresses never get into the local table
 	fail    map[string]error // by operation; answered until removed
 	links   []netlink.Link
 	addrs   []netlink.Addr
@@ -189,6 +190,9 @@ func (k *fakeKernel) AddrAdd(l netlink.Link, a *netlink.Addr) error {
 	if op == "AddrAdd6" {
 		// The kernel makes the prefix route of an IPv6 address itself.
 		k.routes = append(k.routes, netlink.Route{LinkIndex: n.LinkIndex, Dst: n.IPNet, Table: unix.RT_TABLE_MAIN, Type: unix.RTN_UNICAST, Protocol: unix.RTPROT_KERNEL})
+		if !k.noLocal {
+			k.routes = append(k.routes, netlink.Route{LinkIndex: n.LinkIndex, Dst: n.IPNet, Table: unix.RT_TABLE_LOCAL, Type: unix.RTN_LOCAL, Protocol: unix.RTPROT_KERNEL})
+		}
 	}
 	ip, _ := netip.AddrFromSlice(n.IP)
 	k.emit(Event{Kind: AddressEvent, Address: ip.Unmap(), LinkIndex: n.LinkIndex})
