@@ -90,6 +90,10 @@ test-race: ## Unit tests with the race detector
 test-privileged: ## Tests on the real kernel (needs root, BTF and cgroup v2)
 	@scripts/stage test-privileged scripts/test-privileged
 
+.PHONY: test-kernels
+test-kernels: ## The privileged tests of attribution on other kernels (boots them with qemu)
+	@scripts/stage test-kernels scripts/kernel-matrix
+
 .PHONY: lint
 lint: ## Formatting, vet, staticcheck, shellcheck and the rules of the repository
 	@scripts/stage lint scripts/lint
