@@ -29,7 +29,34 @@ import (
 type node struct {
 	ns    netns.NsHandle
 	h     *netlink.Handle
-	dummy bool // the kernel has the driver
+	dummy bool // the kernel has the driver, or is asked
+}
+
+// withoutDummy answers as a kernel without the dummy driver does.
+type withoutDummy struct{ *netlink.Handle }
+
+func (w withoutDummy) LinkAdd(l netlink.Link) error {
+	if l.Type() == "dummy" {
+		return unix.EOPNOTSUPP
+	}
+	return w.Handle.LinkAdd(l)
+}
+
+// onEachLink runs a test with the address on the loopback link, and on a dummy
+// link where the kernel has the driver.
+func onEachLink(t *testing.T, test func(t *testing.T, n *node)) {
+	t.Helper()
+	hasDummy := false
+	t.Run("loopback", func(t *testing.T) {
+		n := mustNode(t)
+		hasDummy, n.dummy = n.dummy, false
+		test(t, n)
+	})
+	if !hasDummy {
+		t.Log("this kernel has no dummy driver: tested on the loopback link only")
+		return
+	}
+	t.Run("dummy", func(t *testing.T) { test(t, mustNode(t)) })
 }
 
 func must(t *testing.T, err error) {
@@ -59,7 +86,6 @@ func mustNode(t *testing.T) *node {
 	case !errors.Is(err, unix.EOPNOTSUPP):
 		t.Fatalf("probing for the dummy driver: %v", err)
 	}
-	t.Logf("kernel has the dummy driver: %v, so the address lives on %s", n.dummy, n.linkName())
 	return n
 }
 
@@ -124,6 +150,9 @@ func (n *node) awaitLocal(t *testing.T, a string) {
 func (n *node) mustKeeper(t *testing.T, edit ...func(*Config)) *Keeper {
 	t.Helper()
 	cfg := Config{Handle: n.h}
+	if !n.dummy {
+		cfg.Handle = withoutDummy{n.h}
+	}
 	for _, e := range edit {
 		e(&cfg)
 	}
@@ -202,8 +231,9 @@ func mustSysctl(t *testing.T, link, value string) {
 	must(t, os.WriteFile(filepath.Join(DefaultSysctlRoot, "ipv6/conf", link, "disable_ipv6"), []byte(value), 0))
 }
 
-func TestPrivilegedEnsureAndCleanup(t *testing.T) {
-	n := mustNode(t)
+func TestPrivilegedEnsureAndCleanup(t *testing.T) { onEachLink(t, privilegedEnsureAndCleanup) }
+
+func privilegedEnsureAndCleanup(t *testing.T, n *node) {
 	pod := n.mustPod(t)
 	before := n.inventory(t)
 	k := n.mustKeeper(t)
@@ -294,8 +324,9 @@ func TestPrivilegedEnsureAndCleanup(t *testing.T) {
 
 // With unnumbered veths, as several CNI plugins make, the kernel looks on all
 // links for a source address. It must not find ours.
-func TestPrivilegedNoSourceAddress(t *testing.T) {
-	n := mustNode(t)
+func TestPrivilegedNoSourceAddress(t *testing.T) { onEachLink(t, privilegedNoSourceAddress) }
+
+func privilegedNoSourceAddress(t *testing.T, n *node) {
 	must(t, n.h.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "bare", Flags: net.FlagUp}, PeerName: "barepeer"}))
 	must(t, n.h.LinkSetUp(n.link(t, "barepeer")))
 	k := n.mustKeeper(t)
@@ -319,8 +350,9 @@ func TestPrivilegedNoSourceAddress(t *testing.T) {
 	}
 }
 
-func TestPrivilegedRepair(t *testing.T) {
-	n := mustNode(t)
+func TestPrivilegedRepair(t *testing.T) { onEachLink(t, privilegedRepair) }
+
+func privilegedRepair(t *testing.T, n *node) {
 	k := n.mustKeeper(t, func(c *Config) { c.CheckInterval = time.Hour }) // events alone
 	stop := n.run(t, k)
 	present := func(f Family) bool { p, err := k.State().Family(f); return p && err == nil }
@@ -371,8 +403,9 @@ func TestPrivilegedRepair(t *testing.T) {
 	}
 }
 
-func TestPrivilegedConflict(t *testing.T) {
-	n := mustNode(t)
+func TestPrivilegedConflict(t *testing.T) { onEachLink(t, privilegedConflict) }
+
+func privilegedConflict(t *testing.T, n *node) {
 	n.mustPod(t)
 	veth := n.link(t, "pod0")
 	for _, a := range DefaultAddresses() {
@@ -401,8 +434,9 @@ func TestPrivilegedConflict(t *testing.T) {
 	}
 }
 
-func TestPrivilegedRouteConflict(t *testing.T) {
-	n := mustNode(t)
+func TestPrivilegedRouteConflict(t *testing.T) { onEachLink(t, privilegedRouteConflict) }
+
+func privilegedRouteConflict(t *testing.T, n *node) {
 	n.mustPod(t)
 	must(t, n.h.RouteAdd(&netlink.Route{LinkIndex: n.link(t, "pod0").Attrs().Index, Dst: hostNet(v4), Scope: unix.RT_SCOPE_LINK}))
 	must(t, n.h.RouteAdd(&netlink.Route{Dst: hostNet(v6), Type: unix.RTN_BLACKHOLE}))
@@ -416,7 +450,10 @@ func TestPrivilegedRouteConflict(t *testing.T) {
 }
 
 func TestPrivilegedIPv6DisabledThenEnabled(t *testing.T) {
-	n := mustNode(t)
+	onEachLink(t, privilegedIPv6DisabledThenEnabled)
+}
+
+func privilegedIPv6DisabledThenEnabled(t *testing.T, n *node) {
 	mustSysctl(t, "all", "1")
 	type change struct {
 		f       Family
@@ -460,8 +497,9 @@ func TestPrivilegedIPv6DisabledThenEnabled(t *testing.T) {
 	}
 }
 
-func TestPrivilegedForeignLink(t *testing.T) {
-	n := mustNode(t)
+func TestPrivilegedForeignLink(t *testing.T) { onEachLink(t, privilegedForeignLink) }
+
+func privilegedForeignLink(t *testing.T, n *node) {
 	if !n.dummy {
 		// A link that is not dummy leads somewhere: never used.
 		must(t, n.h.LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: DefaultLinkName}}))
@@ -502,8 +540,9 @@ func TestPrivilegedForeignLink(t *testing.T) {
 	}
 }
 
-func TestPrivilegedShadowed(t *testing.T) {
-	n := mustNode(t)
+func TestPrivilegedShadowed(t *testing.T) { onEachLink(t, privilegedShadowed) }
+
+func privilegedShadowed(t *testing.T, n *node) {
 	n.mustPod(t)
 	k := n.mustKeeper(t)
 	_, err := k.Ensure(context.Background())
@@ -550,8 +589,9 @@ func TestPrivilegedShadowed(t *testing.T) {
 
 // CAP_NET_ADMIN is all Ensure, and without it the error says so and nothing
 // panics.
-func TestPrivilegedCapabilities(t *testing.T) {
-	n := mustNode(t)
+func TestPrivilegedCapabilities(t *testing.T) { onEachLink(t, privilegedCapabilities) }
+
+func privilegedCapabilities(t *testing.T, n *node) {
 	limit := func(caps uint32) {
 		t.Helper()
 		hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
