@@ -188,6 +188,47 @@ func TestOutsideTheMount(t *testing.T) {
 	}
 }
 
+// A path is believed only if it leads back to the id. Here it does not, because
+// another cgroup is mounted over the directory.
+func TestPathThatLeadsElsewhere(t *testing.T) {
+	m := hostMount(t)
+	top := tree(t, m)
+	id := mustMkdir(t, m, top+"/x")
+	mustMkdir(t, m, top+"/other")
+	r := mustResolver(t, ResolverConfig{Mount: m})
+	for _, over := range []string{"/other", "/x"} {
+		if err := unix.Mount(m.Join(top+over), m.Join(top+"/x"), "", unix.MS_BIND, ""); err != nil {
+			t.Fatal(err)
+		}
+		got, err := r.Lookup(id)
+		if umount := unix.Unmount(m.Join(top+"/x"), unix.MNT_DETACH); umount != nil {
+			t.Fatal(umount)
+		}
+		if !errors.Is(err, ErrGone) {
+			t.Errorf("%s on top: %q, %v", over, got, err)
+		}
+	}
+	if got, err := r.Lookup(id); err != nil || got != top+"/x" {
+		t.Errorf("with nothing on top: %q, %v", got, err)
+	}
+}
+
+// Who owns a part of the tree can make a kubepods directory there.
+func TestFindRootPassesOverDelegatedTrees(t *testing.T) {
+	m := hostMount(t)
+	part := Mount{Point: m.Join(tree(t, m)), Root: "/"}
+	mustMkdir(t, part, "/delegated.service/kubepods")
+	if root, err := FindRoot(part, "", ""); err != nil || root.Path() != "/delegated.service/kubepods" {
+		t.Errorf("root's own: %q, %v", root.Path(), err)
+	}
+	if err := os.Chown(part.Join("/delegated.service"), 65534, 65534); err != nil {
+		t.Fatal(err)
+	}
+	if root, err := FindRoot(part, "", ""); !errors.Is(err, ErrNoRoot) {
+		t.Errorf("another user's: %q, %v", root.Path(), err)
+	}
+}
+
 // One owner with many cgroups pushes out its own entries only.
 func TestCacheIsBoundedPerOwner(t *testing.T) {
 	m := hostMount(t)

@@ -284,19 +284,26 @@ func (x *Index) findSandbox(p *Pod) *sandbox {
 		return cmp.Or(cmp.Compare(a.start, b.start), cmp.Compare(a.pid, b.pid))
 	})
 	for _, c := range procs[:min(len(procs), maxSandboxTries)] {
-		inode, err := readNetns(x.procDir(c.pid))
-		if err != nil {
-			continue // a zombie has none
-		}
-		// The pid may have been another process's by the time of the reads
-		// above. If it is in the pod's cgroup now and as old as it was, it was
-		// the same one throughout.
-		sb := &sandbox{pid: c.pid, start: c.start, inode: inode}
-		if slices.Contains(x.readProcs(c.dir), c.pid) && x.stillSandbox(sb) {
+		if sb := x.sandboxOf(c); sb != nil {
 			return sb
 		}
 	}
 	return nil
+}
+
+// sandboxOf reads a candidate's network namespace. The pid may have become
+// another process's since it was read from the cgroup. If it is in the cgroup
+// now, and as old as it was, it was the same process throughout.
+func (x *Index) sandboxOf(c candidate) *sandbox {
+	inode, err := readNetns(x.procDir(c.pid))
+	if err != nil {
+		return nil // a zombie has none
+	}
+	sb := &sandbox{pid: c.pid, start: c.start, inode: inode}
+	if !slices.Contains(x.readProcs(c.dir), c.pid) || !x.stillSandbox(sb) {
+		return nil
+	}
+	return sb
 }
 
 // stillSandbox says whether a process is still the one it was, in the namespace

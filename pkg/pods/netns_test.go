@@ -254,6 +254,28 @@ func TestSandboxIsTheOldestAndNotTheMonitor(t *testing.T) {
 	}
 }
 
+// A pid that was read from the pod's cgroup is another process's by now: the
+// host's, say, and the pod would pass for hostNetwork.
+func TestPidReusedDuringTheSearch(t *testing.T) {
+	n := newNode(t)
+	process(t, n.procfs, 900, 900, hostInode)
+	for name, c := range map[string]candidate{
+		"not in the cgroup":     {900, 900, dirA + "/pause"},
+		"of another age":        {100, 99, dirA + "/pause"},
+		"gone":                  {901, 901, dirA + "/pause"},
+		"cgroup gone":           {100, 100, dirA + "/none"},
+		"in another's cgroup":   {200, 200, dirA + "/pause"},
+		"in another of the pod": {101, 101, dirA + "/pause"},
+	} {
+		if sb := n.x.sandboxOf(c); sb != nil {
+			t.Errorf("%s: %+v", name, sb)
+		}
+	}
+	if sb := n.x.sandboxOf(candidate{100, 100, dirA + "/pause"}); sb == nil || sb.inode != 11 {
+		t.Errorf("the pod's own: %+v", sb)
+	}
+}
+
 // A workload with very many cgroups and processes bounds the search, and does
 // not hide the sandbox beside them.
 func TestSearchIsBounded(t *testing.T) {

@@ -223,8 +223,8 @@ func TestLateDeleteEventEndsTheOldPodOnly(t *testing.T) {
 	deleted := event{mask: unix.IN_DELETE | unix.IN_ISDIR, dir: "/kubepods", name: "pod" + string(uidA)}
 	x.handle(nil, deleted) // ends the first one
 	p, err := x.Resolve(id)
-	if err != nil {
-		t.Fatal(err)
+	if err != nil || p.ID != id {
+		t.Fatalf("got %+v, %v", p, err)
 	}
 	x.handle(nil, deleted)
 	if p.Ended() {
