@@ -23,7 +23,7 @@ export RACE
 PRIVILEGED ?= 1
 export PRIVILEGED
 
-# Packages that test-unit, test-race and bench look at.
+# Packages that test-unit, test-race, test-privileged and bench look at.
 PKG ?= ./...
 BENCH ?= .
 FUZZTIME ?= 10s
@@ -88,7 +88,7 @@ test-race: ## Unit tests with the race detector
 
 .PHONY: test-privileged
 test-privileged: ## Tests on the real kernel (needs root, BTF and cgroup v2)
-	@scripts/stage test-privileged scripts/test-privileged
+	@scripts/stage test-privileged scripts/test-privileged $(filter-out ./...,$(PKG))
 
 .PHONY: test-kernels
 test-kernels: ## The privileged tests of attribution on other kernels (boots them with qemu)

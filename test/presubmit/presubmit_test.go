@@ -20,6 +20,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 )
 
@@ -90,7 +91,22 @@ func (f goFile) at(n ast.Node) string {
 	return f.name + ":" + strconv.Itoa(f.fset.Position(n.Pos()).Line)
 }
 
+// goFiles parses the tree once for all tests.
 func goFiles(t *testing.T) []goFile {
+	t.Helper()
+	parsing.Do(func() { parsed = parseGo(t) })
+	if len(parsed) == 0 {
+		t.Fatal("no Go file could be parsed")
+	}
+	return parsed
+}
+
+var (
+	parsing sync.Once
+	parsed  []goFile
+)
+
+func parseGo(t *testing.T) []goFile {
 	t.Helper()
 	var out []goFile
 	for _, name := range files(t) {
