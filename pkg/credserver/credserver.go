@@ -122,6 +122,9 @@ type CredentialRequest struct {
 	// Raw is the token's exact text, for the upstream. It is a secret. It may
 	// be kept.
 	Raw string
+	// Pod is the one that the kernel saw connecting; empty if it saw none, or
+	// several. What the request costs is counted against it.
+	Pod evidence.PodUID
 	// Uncached: ask upstream and keep nothing; the pod has ended and the mode
 	// is not enforce.
 	Uncached bool

@@ -127,6 +127,7 @@ func (s *Server) answer(ctx *fasthttp.RequestCtx, c *conn, now time.Time, rec *R
 	cred, err := s.credentials.Get(c.waiting(), CredentialRequest{
 		Token:    in.Token,
 		Raw:      known.raw,
+		Pod:      in.Attestation.Pod,
 		Uncached: v.Outcome == verdict.ServeUncached,
 	})
 	if err == nil && (len(cred.Body) == 0 || !cred.Expiry.IsZero() && !now.Before(cred.Expiry)) {

@@ -1,0 +1,377 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package agent puts the node half together: it attests connections, checks
+// tokens, asks EKS Auth, caches, and answers; and it tells people what it does
+// through its probes, metrics and admin socket.
+//
+// The order of the start is part of the security: programs first, listeners
+// last. A connection that is older than the programs has no evidence, so there
+// must be none.
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/latchkey-dev/latchkey/pkg/credcache"
+	"github.com/latchkey-dev/latchkey/pkg/credserver"
+	"github.com/latchkey-dev/latchkey/pkg/evidence"
+	"github.com/latchkey-dev/latchkey/pkg/linklocal"
+	"github.com/latchkey-dev/latchkey/pkg/pods"
+)
+
+// stopGrace is how long requests in progress may take once the agent is told to
+// stop. Kubernetes gives a pod 30 s.
+const stopGrace = 10 * time.Second
+
+// Agent is a running agent.
+type Agent struct {
+	cfg     Config
+	log     *slog.Logger
+	started time.Time
+
+	node      *node
+	tokens    tokenCheck
+	attestor  *attestor
+	cache     *credcache.Cache
+	server    *credserver.Server
+	listeners *listeners
+	observer  *observer
+	metrics   *metrics
+	ready     readiness
+	stopping  atomic.Bool
+}
+
+// Run answers pods until ctx ends, then stops gracefully and returns nil. It
+// returns an error if the agent cannot start: a setting that makes no sense
+// (ErrConfig), a node that cannot attest (ErrCannotAttest), an address that
+// somebody else holds (ErrAddressInUse).
+func Run(ctx context.Context, cfg Config) error {
+	warnings, err := cfg.check()
+	if err != nil {
+		return err
+	}
+	for _, w := range warnings {
+		cfg.Logger.Warn(string(w))
+	}
+	a := &Agent{cfg: cfg, log: cfg.Logger, started: time.Now()}
+	a.ready.a = a
+	a.metrics = newMetrics(cfg.Version, cfg.Policy.Default.String())
+	a.observer = newObserver(a.metrics, a.log)
+
+	if a.tokens, err = newTokenCheck(&cfg); err != nil {
+		return err
+	}
+	if a.tokens.keys == nil {
+		a.log.Warn("no key to check tokens with: EKS Auth alone judges them, and every rotated token costs a call; give --issuer, or the agent a service account")
+	}
+	client, err := newUpstream(ctx, &cfg, a.metrics.attempt)
+	if err != nil {
+		return err
+	}
+	if a.cache, err = credcache.New(credcache.Config{
+		Upstream: upstream{client}, Audience: cfg.Audience,
+		Disabled:   cfg.MaxRetention == 0 || cfg.MaxCacheSize == 0,
+		MaxEntries: cfg.MaxCacheSize, MaxRetention: cfg.MaxRetention,
+		UpstreamQPS: cfg.UpstreamQPS, BackgroundQPS: cfg.RenewalQPS,
+		Logger: a.log, Observe: a.observeFetch,
+	}); err != nil {
+		return err
+	}
+	defer a.cache.Close()
+
+	// The programs.
+	a.node, err = openNode(&a.cfg, a.podEnded)
+	switch {
+	case err == nil:
+		defer a.node.close()
+		a.attestor = newAttestor(a.node.kernel, a.node.index, a.log)
+		s := a.node.kernel.Status()
+		a.log.Info("attesting connections", "attached_at", a.node.attachAt, "kubepods", a.node.root.Path(),
+			"pins", s.Directory, "reused_links", s.ReusedLinks, "reused_maps", s.ReusedMaps)
+		for _, f := range s.Fallbacks {
+			a.log.Warn("fallback in use on this kernel", "fallback", f)
+		}
+	case enforcedAnywhere(cfg.Policy):
+		return fmt.Errorf("%w (--attestation=audit starts without, and serves stolen tokens): %w", ErrCannotAttest, err)
+	default:
+		a.node = nil
+		a.attestor = newAttestor(nil, nil, a.log)
+		a.log.Warn("this node cannot attest connections; the mode allows to go on without", "error", err)
+	}
+
+	if a.server, err = credserver.New(credserver.Config{
+		Attestor: a.attestor, Tokens: a.tokens.verifier, Credentials: credentials{a.cache},
+		Policy: cfg.Policy, Hosts: hosts(cfg.BindHosts), Observer: a.observer, Logger: a.log,
+	}); err != nil {
+		return err
+	}
+	a.listeners = newListeners(a.server, cfg.BindHosts, cfg.Port, a.log, a.metrics)
+	a.registerGauges()
+
+	// What runs beside the requests. It ends after them, so that the last ones
+	// are still judged with a live index and told to the log.
+	background, stopBackground := context.WithCancel(context.WithoutCancel(ctx))
+	var wg sync.WaitGroup
+	defer func() {
+		stopBackground()
+		wg.Wait()
+	}()
+	wg.Go(func() { a.observer.run(background) })
+	if a.tokens.keys != nil {
+		wg.Go(func() { a.tokens.keys.Run(background) })
+	}
+	if a.node != nil {
+		failed := make(chan error, 1)
+		wg.Go(func() { failed <- a.node.index.Run(background) })
+		select {
+		case <-a.node.index.Ready():
+		case err := <-failed:
+			return fmt.Errorf("watch the node's pods: %w", err)
+		case <-ctx.Done():
+			return nil
+		}
+	}
+
+	// The addresses.
+	nudge := make(chan struct{}, 1)
+	keeper, err := a.keepAddresses(ctx, nudge)
+	if err != nil {
+		return err
+	}
+	if keeper != nil {
+		wg.Go(func() {
+			if err := keeper.Run(background); err != nil {
+				a.log.Error("the link-local addresses are no longer kept", "error", err)
+			}
+			keeper.Close()
+		})
+	}
+
+	// The listeners, last.
+	if err := a.listeners.open(ctx); err != nil {
+		if len(a.listeners.serving()) == 0 {
+			return err
+		}
+		a.log.Error("cannot serve credentials on an address; trying again", "error", err)
+	}
+	side, stopSide := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopSide()
+	if cfg.ProbePort != 0 {
+		wg.Go(func() {
+			keepServing(side, a.log, "probes", net.JoinHostPort("localhost", port(cfg.ProbePort)), a.probeHandler())
+		})
+	}
+	if cfg.MetricsPort != 0 {
+		wg.Go(func() {
+			keepServing(side, a.log, "metrics", net.JoinHostPort(cfg.MetricsAddress, port(cfg.MetricsPort)), a.metricsHandler())
+		})
+	}
+	if cfg.AdminSocket != "" {
+		ln, err := listenAdmin(ctx, cfg.AdminSocket)
+		if err != nil {
+			return err
+		}
+		wg.Go(func() {
+			if err := serveHTTP(side, ln, a.adminHandler()); err != nil {
+				a.log.Error("admin socket ended", "error", err)
+			}
+		})
+	}
+	a.log.Info("started", "version", cfg.Version, "cluster_name", cfg.ClusterName, "attestation", cfg.Policy.Default.String(),
+		"token_keys", a.tokens.what, "upstream", client.Endpoint())
+
+	a.listeners.keep(ctx, nudge) // until ctx ends
+
+	a.stopping.Store(true)
+	a.log.Info("stopping")
+	grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopGrace)
+	defer cancel()
+	if err := a.server.Shutdown(grace); err != nil {
+		a.log.Warn("requests were cut", "error", err)
+	}
+	a.listeners.wg.Wait()
+	a.log.Info("stopped")
+	return nil
+}
+
+// podEnded is called by the pod index, in its goroutine.
+func (a *Agent) podEnded(p *pods.Pod) {
+	a.cache.DropPod(p.UID)
+	a.observer.forget(p.UID)
+}
+
+func (a *Agent) observeFetch(f credcache.Fetch) {
+	if f.Reason == evidence.ReasonServed {
+		return
+	}
+	kind := "Recoverable"
+	if f.Reason == evidence.ReasonUpstreamNotFound || f.Reason == evidence.ReasonUpstreamToken {
+		kind = "NonRecoverable"
+	}
+	a.metrics.cacheError.WithLabelValues(kind, string(f.Reason)).Inc()
+	if f.Background {
+		a.log.Warn("cannot renew credentials", "reason", string(f.Reason), "pod_uid", string(f.Subject.PodUID),
+			"namespace", f.Subject.Namespace, "service_account", f.Subject.ServiceAccount)
+	}
+}
+
+// keepAddresses puts the link-local addresses among the bind hosts on the node
+// and returns who keeps them there, nil if nobody has to or may.
+func (a *Agent) keepAddresses(ctx context.Context, nudge chan<- struct{}) (*linklocal.Keeper, error) {
+	var own []netip.Addr
+	for _, d := range linklocal.DefaultAddresses() {
+		if slices.Contains(a.cfg.BindHosts, d) {
+			own = append(own, d)
+		}
+	}
+	if len(own) == 0 {
+		return nil, nil
+	}
+	keeper, err := linklocal.New(linklocal.Config{
+		Addresses: own, Logger: a.log,
+		OnChange: func(f linklocal.Family, present bool, err error) {
+			a.metrics.address.WithLabelValues(f.String()).Set(bool01(present))
+			a.metrics.repairs.WithLabelValues(f.String()).Inc()
+			select {
+			case nudge <- struct{}{}:
+			default:
+			}
+		},
+	})
+	if err != nil {
+		return nil, fmt.Errorf("link-local addresses: %w", err)
+	}
+	result, err := keeper.Ensure(ctx)
+	if ctx.Err() != nil {
+		keeper.Close()
+		return nil, nil
+	}
+	for _, f := range []linklocal.Family{linklocal.IPv4, linklocal.IPv6} {
+		present, _ := result.Family(f)
+		a.metrics.address.WithLabelValues(f.String()).Set(bool01(present))
+	}
+	if err != nil {
+		// One family is enough to go on with; which one is missing is said.
+		a.log.Warn("a link-local address is missing", "error", err)
+		if errors.Is(err, unix.EPERM) {
+			a.log.Info("without CAP_NET_ADMIN the addresses are not kept; `latchkey-agent initialize` puts them on the node once")
+			keeper.Close()
+			return nil, nil
+		}
+	}
+	return keeper, nil
+}
+
+func (a *Agent) registerGauges() {
+	m := a.metrics
+	m.gauge("latchkey_attesting", "1 if the kernel attests connections on this node.", func() float64 { return bool01(a.node != nil) })
+	m.gauge("latchkey_token_keys", "Usable keys to check tokens with; 0: EKS Auth alone judges them.", func() float64 {
+		if a.tokens.keys == nil {
+			return 0
+		}
+		return float64(a.tokens.keys.Stats().Keys)
+	})
+	m.gauge("latchkey_connections", "Open connections of pods.", func() float64 { return float64(a.server.Stats().Connections) })
+	m.gauge("latchkey_cache_entries", "Cached credentials.", func() float64 { return float64(a.cache.Stats().Entries) })
+	m.gauge("latchkey_cache_bytes", "Memory of cached credentials.", func() float64 { return float64(a.cache.Stats().Bytes) })
+	m.gauge("latchkey_cache_next_expiry_seconds", "Time until the first cached credentials end; 0 without any.", func() float64 {
+		next := a.cache.Stats().NextExpiry
+		if next.IsZero() {
+			return 0
+		}
+		return max(0, time.Until(next).Seconds())
+	})
+	if a.node == nil {
+		return
+	}
+	m.registry.MustRegister(newBPFCollector(a.node.kernel.Events))
+	index := a.node.index
+	m.gauge("latchkey_pods", "Pods of this node, by their cgroups.", func() float64 { return float64(index.Stats().Pods) })
+	m.counterFunc("latchkey_unknown_netns_total", "Connections accepted from a network namespace that is no pod's own, such as nested containers.", func() float64 { return float64(index.Stats().UnknownNetns) })
+}
+
+// hosts are the texts that the Host header may have.
+func hosts(bind []netip.Addr) []string {
+	out := make([]string, 0, len(bind))
+	for _, b := range bind {
+		out = append(out, b.String())
+	}
+	return out
+}
+
+func port(p uint16) string { return strconv.Itoa(int(p)) }
+
+// Initialize puts the link-local addresses on the node once. As in the
+// reference agent, IPv4 that cannot be had is an error and IPv6 is not.
+func Initialize(ctx context.Context, cfg linklocal.Config) error {
+	keeper, err := linklocal.New(cfg)
+	if err != nil {
+		return err
+	}
+	defer keeper.Close()
+	result, err := keeper.Ensure(ctx)
+	if present, v4 := result.Family(linklocal.IPv4); !present || v4 != nil {
+		return errors.Join(v4, err)
+	}
+	if err != nil {
+		cfg.Logger.Warn("IPv6 is left out", "error", err)
+	}
+	cfg.Logger.Info("link-local addresses are in place", "link", result.Link)
+	return nil
+}
+
+// CleanupConfig says where server left what.
+type CleanupConfig struct {
+	// PinPath, StateDir and AdminSocket are the flags' values; empty leaves out.
+	PinPath, StateDir, AdminSocket string
+	LinkLocal                      linklocal.Config
+}
+
+// Cleanup removes what agents left on the node and returns what it removed. It
+// goes on after an error and returns them all.
+func Cleanup(ctx context.Context, cfg CleanupConfig) ([]string, error) {
+	var removed []string
+	var errs []error
+	note := func(r []string, err error) {
+		removed = append(removed, r...)
+		errs = append(errs, err)
+	}
+	if cfg.PinPath != "" {
+		note(cleanupPins(cfg.PinPath))
+	}
+	keeper, err := linklocal.New(cfg.LinkLocal)
+	if err != nil {
+		errs = append(errs, err)
+	} else {
+		note(keeper.Cleanup(ctx))
+		keeper.Close()
+	}
+	note(cleanupFiles(cfg.StateDir, cfg.AdminSocket))
+	return removed, errors.Join(errs...)
+}
+
+var errSocketInUse = errors.New("an agent still runs: stop it first")
+
+func removeIfThere(path string) ([]string, error) {
+	err := os.Remove(path)
+	switch {
+	case err == nil:
+		return []string{path}, nil
+	case errors.Is(err, os.ErrNotExist):
+		return nil, nil
+	}
+	return nil, err
+}

@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"sync"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+
+	"github.com/latchkey-dev/latchkey/pkg/attribution"
+	"github.com/latchkey-dev/latchkey/pkg/eksauth"
+	"github.com/latchkey-dev/latchkey/pkg/evidence"
+	"github.com/latchkey-dev/latchkey/pkg/linklocal"
+)
+
+// metrics are the agent's own. The names that begin with pod_identity are the
+// EKS Pod Identity Agent's, with the meaning that they promise: a hit is a
+// request answered from the cache.
+type metrics struct {
+	registry *prometheus.Registry
+
+	responses  *prometheus.CounterVec
+	cacheState *prometheus.CounterVec
+	cacheError *prometheus.CounterVec
+
+	verdicts *prometheus.CounterVec
+	duration prometheus.Histogram
+	upstream *prometheus.CounterVec
+	exchange prometheus.Histogram
+	dropped  prometheus.Counter
+	address  *prometheus.GaugeVec
+	repairs  *prometheus.CounterVec
+	serving  *prometheus.GaugeVec
+
+	// Of the hit path: found without a look-up.
+	hits, misses, servedTotal prometheus.Counter
+	// refusals by reason; the values are made once each.
+	refusals sync.Map // refusalKey → prometheus.Counter
+}
+
+type refusalKey struct {
+	reason evidence.Reason
+	shadow bool
+}
+
+func newMetrics(version string, mode string) *metrics {
+	m := &metrics{
+		registry: prometheus.NewRegistry(),
+		responses: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "pod_identity_http_response", Help: "Answers of the credential endpoint, by HTTP status."}, []string{"code"}),
+		cacheState: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "pod_identity_cache_state", Help: "Requests answered from the cache (hit) or after a call of EKS Auth (miss), and entries removed before their expiry (evicted)."}, []string{"state"}),
+		cacheError: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "pod_identity_cache_errors", Help: "Failed calls of EKS Auth, by whether cached credentials are kept (Recoverable) or dropped (NonRecoverable), and by its error code."}, []string{"type", "code"}),
+		verdicts: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "latchkey_verdicts_total", Help: "Decisions by outcome (served, shadow: served though enforce mode would refuse, refused) and reason."}, []string{"outcome", "reason"}),
+		duration: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name: "latchkey_request_duration_seconds", Help: "Time from a request's head to its answer.",
+			Buckets: []float64{.00001, .000025, .00005, .0001, .00025, .0005, .001, .005, .025, .1, .25, .5, 1, 2}}),
+		upstream: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "latchkey_upstream_attempts_total", Help: "Calls of EKS Auth, by outcome."}, []string{"outcome"}),
+		exchange: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name: "latchkey_upstream_attempt_duration_seconds", Help: "Time of one call of EKS Auth.",
+			Buckets: []float64{.005, .01, .025, .05, .1, .25, .5, 1, 2.5}}),
+		dropped: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "latchkey_log_records_dropped_total", Help: "Refusals that were counted but not logged, because the log could not keep up."}),
+		address: prometheus.NewGaugeVec(prometheus.GaugeOpts{
+			Name: "latchkey_link_local_present", Help: "1 if the family's link-local address can be bound."}, []string{"family"}),
+		repairs: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "latchkey_link_local_changes_total", Help: "How often the family's address came or went."}, []string{"family"}),
+		serving: prometheus.NewGaugeVec(prometheus.GaugeOpts{
+			Name: "latchkey_listener_serving", Help: "1 while credentials are served on the address."}, []string{"address"}),
+	}
+	info := prometheus.NewGauge(prometheus.GaugeOpts{
+		Name: "latchkey_build_info", Help: "Always 1.", ConstLabels: prometheus.Labels{"version": version, "attestation": mode}})
+	info.Set(1)
+	m.registry.MustRegister(m.responses, m.cacheState, m.cacheError, m.verdicts, m.duration, m.upstream, m.exchange,
+		m.dropped, m.address, m.repairs, m.serving, info,
+		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	m.hits, m.misses = m.cacheState.WithLabelValues("hit"), m.cacheState.WithLabelValues("miss")
+	// There from the start, so that a rate over them is never absent.
+	for _, r := range []evidence.Reason{evidence.ReasonPodMismatch, evidence.ReasonNoEvidence, evidence.ReasonPodEnded, evidence.ReasonTwoPods, evidence.ReasonForeignNetns, evidence.ReasonNotPod} {
+		m.refused(r, false)
+	}
+	m.servedTotal = m.verdicts.WithLabelValues("served", string(evidence.ReasonServed))
+	for _, f := range []linklocal.Family{linklocal.IPv4, linklocal.IPv6} {
+		m.address.WithLabelValues(f.String())
+	}
+	return m
+}
+
+// served counts an answer with credentials.
+func (m *metrics) served(hit bool) prometheus.Counter {
+	if hit {
+		m.hits.Inc()
+	} else {
+		m.misses.Inc()
+	}
+	return m.servedTotal
+}
+
+func (m *metrics) refused(r evidence.Reason, shadow bool) prometheus.Counter {
+	if shadow {
+		return m.counter(refusalKey{r, true}, "shadow")
+	}
+	return m.counter(refusalKey{r, false}, "refused")
+}
+
+func (m *metrics) counter(k refusalKey, outcome string) prometheus.Counter {
+	if c, ok := m.refusals.Load(k); ok {
+		return c.(prometheus.Counter)
+	}
+	c, _ := m.refusals.LoadOrStore(k, m.verdicts.WithLabelValues(outcome, string(k.reason)))
+	return c.(prometheus.Counter)
+}
+
+func (m *metrics) attempt(a eksauth.Attempt) {
+	m.upstream.WithLabelValues(string(a.Class)).Inc()
+	m.exchange.Observe(a.Duration.Seconds())
+}
+
+func bool01(b bool) float64 {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+// gauge registers a value that is read when it is asked for.
+func (m *metrics) gauge(name, help string, f func() float64) {
+	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, f))
+}
+
+// counterFunc is gauge for a value that only grows.
+func (m *metrics) counterFunc(name, help string, f func() float64) {
+	m.registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help}, f))
+}
+
+// bpfCollector shows the programs' counters.
+type bpfCollector struct {
+	events func() ([]attribution.Event, error)
+	ok     *prometheus.Desc
+	failed *prometheus.Desc
+}
+
+func newBPFCollector(events func() ([]attribution.Event, error)) *bpfCollector {
+	return &bpfCollector{
+		events: events,
+		ok:     prometheus.NewDesc("latchkey_bpf_events_total", "What the kernel programs saw, by event.", []string{"event"}, nil),
+		failed: prometheus.NewDesc("latchkey_bpf_errors_total", "What failed in the kernel programs, by operation. Each is a connection without evidence.", []string{"operation"}, nil),
+	}
+}
+
+// Describe implements prometheus.Collector.
+func (c *bpfCollector) Describe(ch chan<- *prometheus.Desc) {
+	ch <- c.ok
+	ch <- c.failed
+}
+
+// Collect implements prometheus.Collector.
+func (c *bpfCollector) Collect(ch chan<- prometheus.Metric) {
+	events, err := c.events()
+	if err != nil {
+		ch <- prometheus.NewInvalidMetric(c.failed, err)
+		return
+	}
+	for _, e := range events {
+		d := c.ok
+		if e.Error {
+			d = c.failed
+		}
+		ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(e.Count), e.Name)
+	}
+}
