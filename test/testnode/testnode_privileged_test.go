@@ -315,8 +315,11 @@ func TestPrivilegedKernelSeesThePod(t *testing.T) {
 	address := fmt.Sprintf("%s:%d", bridgeIPv4().Addr(), l.Addr().(*net.TCPAddr).Port)
 	a, b := addPod(t, n, PodConfig{Name: "a"}), addPod(t, n, PodConfig{Name: "b"})
 	for _, place := range []Place{a.Place(), b.Place(), a.Place().Nested("docker/x"), n.HostPlace()} {
-		// A program, not an action: its only connect is near its start.
-		place.Exec(testContext(t), "bash", "-c", "exec 3<>/dev/tcp/"+strings.Replace(address, ":", "/", 1))
+		conn, err := spawn(t, place).DialContext(testContext(t), "tcp", address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn.Close()
 		var got evidence.CgroupID
 		if err := seen.Lookup(uint32(0), &got); err != nil {
 			t.Fatal(err)
@@ -637,6 +640,26 @@ func TestPrivilegedJoin(t *testing.T) {
 	}
 	if got, err := ownCgroup(); err != nil || got != before {
 		t.Errorf("after Close in %s, %v; want %s", got, err, before)
+	}
+}
+
+func TestPrivilegedNetnsCookie(t *testing.T) {
+	n := newNode(t, Config{NoBridge: true})
+	a, b := addPod(t, n, PodConfig{Name: "a"}), addPod(t, n, PodConfig{Name: "b", HostNetwork: true})
+	seen := make(map[evidence.NetnsCookie]bool)
+	for _, ns := range []*Netns{a.Netns(), b.Netns(), n.Netns()} {
+		cookie, err := ns.Cookie()
+		if errors.Is(err, unix.ENOPROTOOPT) {
+			t.Log("the kernel has no SO_NETNS_COOKIE (Linux 5.14)")
+			return
+		}
+		if err != nil || cookie == 0 {
+			t.Fatalf("cookie %d, %v", cookie, err)
+		}
+		seen[cookie] = true
+	}
+	if len(seen) != 2 {
+		t.Errorf("a pod's namespace and the node's have %d cookies, want 2", len(seen))
 	}
 }
 
