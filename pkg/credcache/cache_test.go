@@ -567,7 +567,7 @@ func TestRequestsBufferMayBeReused(t *testing.T) {
 		mustGet(t, c, want, OutcomeHit)
 		time.Sleep(50 * time.Minute)
 		mustGet(t, c, want, OutcomeHit)
-		for _, call := range up.calls {
+		for _, call := range up.history() {
 			if call.token != want.Raw {
 				t.Errorf("upstream was sent %q", call.token)
 			}

@@ -77,6 +77,9 @@ func newEntry(a *Answer, subject evidence.Subject, audience string, now time.Tim
 		return invalid(ErrIncomplete)
 	case a.Expiration.Sub(now) <= MinServed:
 		return invalid(ErrExpired)
+	case a.Expiration.UTC().Year() > 9999:
+		// RFC 3339 cannot write it, and clients could not read it.
+		return invalid(ErrIncomplete)
 	}
 	// Whole seconds, in UTC with Z: the JavaScript SDK takes nothing else.
 	expires := a.Expiration.UTC().Truncate(time.Second)
@@ -117,7 +120,7 @@ func hashToken(raw string) [32]byte {
 
 // itemOverhead is what an item costs beside its strings and bytes: the structs,
 // its places in maps and heaps.
-const itemOverhead = 768
+const itemOverhead = 1120
 
 func sizeOf(it *item, e *Entry) int64 {
 	return itemOverhead + int64(len(e.body)+len(e.roleARN)+len(e.associationID)+len(it.token)+
