@@ -105,19 +105,20 @@ func (s *Server) run(c *conn) {
 // descriptors are the node's.
 func (s *Server) turnAway(c *conn, a *account) {
 	const atOnce = 32
-	defer a.turned.Add(-1)
-	if a.turned.Add(1) <= atOnce {
-		c.state.Store(stateActive)
-		if _, err := c.Write(tooManyConnections); err == nil {
-			c.drain()
-		}
-	}
 	s.observe(Record{
 		Status:      fasthttp.StatusTooManyRequests,
 		Reason:      evidence.ReasonRateLimited,
 		Attestation: c.input.Attestation,
 		Start:       s.now(),
 	})
+	defer a.turned.Add(-1)
+	if a.turned.Add(1) > atOnce {
+		return
+	}
+	c.state.Store(stateActive)
+	if _, err := c.Write(tooManyConnections); err == nil {
+		c.drain()
+	}
 }
 
 // Read implements net.Conn.

@@ -7,6 +7,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"strings"
@@ -245,6 +246,10 @@ func (b *bed) dial(t testing.TB) *client {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = nc.Close() })
+	// A test that is stuck fails instead of hanging.
+	if err := nc.SetDeadline(time.Now().Add(time.Minute)); err != nil {
+		t.Fatal(err)
+	}
 	return &client{t: t, Conn: nc, r: bufio.NewReader(nc)}
 }
 
@@ -305,4 +310,17 @@ func get(token string, lines ...string) string {
 		head += l + "\r\n"
 	}
 	return head + "\r\n"
+}
+
+// failingLog fails the test when something is logged at level error, which is
+// how a recovered panic shows.
+func failingLog(t *testing.T) *slog.Logger {
+	return slog.New(slog.NewTextHandler(failingWriter{t}, &slog.HandlerOptions{Level: slog.LevelError}))
+}
+
+type failingWriter struct{ t *testing.T }
+
+func (w failingWriter) Write(p []byte) (int, error) {
+	w.t.Errorf("logged: %s", p)
+	return len(p), nil
 }
