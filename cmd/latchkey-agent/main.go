@@ -25,6 +25,7 @@ import (
 	"github.com/latchkey-dev/latchkey/pkg/agent"
 	"github.com/latchkey-dev/latchkey/pkg/attribution"
 	"github.com/latchkey-dev/latchkey/pkg/linklocal"
+	"github.com/latchkey-dev/latchkey/pkg/privilege"
 	"github.com/latchkey-dev/latchkey/pkg/verdict"
 )
 
@@ -157,6 +158,11 @@ func newServer(logger func() (*slog.Logger, error)) *cobra.Command {
 			}
 			if cfg.Policy.Namespaces, err = agent.ParseExceptions(exceptions); err != nil {
 				return err
+			}
+			// Executes the program again with less, if it was given more than it
+			// needs; then this is where the second run passes through.
+			if err := privilege.Confine(agent.Capabilities()); err != nil {
+				log.Warn("running with more capabilities than needed", "error", err)
 			}
 			return agent.Run(cmd.Context(), cfg)
 		},

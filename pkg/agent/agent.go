@@ -30,6 +30,7 @@ import (
 	"github.com/latchkey-dev/latchkey/pkg/evidence"
 	"github.com/latchkey-dev/latchkey/pkg/linklocal"
 	"github.com/latchkey-dev/latchkey/pkg/pods"
+	"github.com/latchkey-dev/latchkey/pkg/privilege"
 )
 
 // stopGrace is how long requests in progress may take once the agent is told to
@@ -112,6 +113,10 @@ func Run(ctx context.Context, cfg Config) error {
 		a.log.Warn("this node cannot attest connections; the mode allows to go on without", "error", err)
 	}
 
+	if err := privilege.Drop(startCapabilities()); err != nil {
+		a.log.Debug("capabilities of the start are kept", "error", err)
+	}
+
 	if a.server, err = credserver.New(credserver.Config{
 		Attestor: a.attestor, Tokens: a.tokens.verifier, Credentials: credentials{a.cache},
 		Policy: cfg.Policy, Hosts: hosts(cfg.BindHosts), Observer: a.observer, Logger: a.log,
@@ -189,6 +194,9 @@ func Run(ctx context.Context, cfg Config) error {
 				a.log.Error("admin socket ended", "error", err)
 			}
 		})
+	}
+	if held, _, err := privilege.Held(); err == nil {
+		a.log.Info("capabilities", "held", held.String())
 	}
 	a.log.Info("started", "version", cfg.Version, "cluster_name", cfg.ClusterName, "attestation", cfg.Policy.Default.String(),
 		"token_keys", a.tokens.what, "upstream", client.Endpoint())
