@@ -133,6 +133,10 @@ func run(ctx context.Context) (err error) {
 
 	if os.Getenv("KEEP") == "1" {
 		d.keep(ctx, batch)
+		// The person's Ctrl-C, or the time that passed, must not end the
+		// clean-up as well.
+		bounded, cancel = context.WithTimeout(context.WithoutCancel(ctx), longest)
+		defer cancel()
 	}
 
 	d.step("Stop and clean up")

@@ -24,6 +24,7 @@ import (
 	"github.com/latchkey-dev/latchkey/pkg/adminapi"
 	"github.com/latchkey-dev/latchkey/pkg/agent"
 	"github.com/latchkey-dev/latchkey/pkg/attribution"
+	"github.com/latchkey-dev/latchkey/pkg/credcache"
 	"github.com/latchkey-dev/latchkey/pkg/linklocal"
 	"github.com/latchkey-dev/latchkey/pkg/privilege"
 	"github.com/latchkey-dev/latchkey/pkg/verdict"
@@ -191,6 +192,12 @@ func newServer(logger func() (*slog.Logger, error)) *cobra.Command {
 	f.StringVar(&cfg.CgroupRoot, "cgroup-root", "", "kubepods cgroup, if it cannot be found: a `path` below the cgroup v2 mount")
 	f.StringVar(&cfg.StateDir, "state-dir", agent.DefaultStateDir, "`directory` that keeps the token keys over a restart; empty for none")
 	f.Float64Var(&cfg.UpstreamQPS, "upstream-qps", agent.DefaultUpstreamQPS, "calls of EKS Auth per second at most, renewals included")
+	f.IntVar(&cfg.UpstreamConcurrency, "upstream-concurrency", credcache.DefaultConcurrency, "calls of EKS Auth in flight at most")
+	f.Int64Var(&cfg.MaxCacheBytes, "max-cache-bytes", credcache.DefaultMaxBytes, "memory for cached credentials, in `bytes`")
+	f.StringVar(&cfg.NodeName, "node-name", "", "`name` sent to EKS Auth as eksNodeName; empty sends none")
+	f.Float64Var(&cfg.PodLimits.Rate, "max-pod-qps", agent.DefaultPodQPS, "requests of one pod per second at most, refused ones included")
+	f.IntVar(&cfg.PodLimits.Burst, "max-pod-burst", agent.DefaultPodBurst, "requests of one pod that may come at once after a pause")
+	f.IntVar(&cfg.PodLimits.Connections, "max-pod-connections", agent.DefaultPodConnections, "open connections of one pod at most")
 	_ = cmd.RegisterFlagCompletionFunc("attestation", cobra.FixedCompletions([]string{"enforce", "audit", "off"}, cobra.ShellCompDirectiveNoFileComp))
 	return cmd
 }

@@ -78,7 +78,10 @@ func Run(ctx context.Context, cfg Config) error {
 	if a.tokens.keys == nil {
 		a.log.Warn("no key to check tokens with: EKS Auth alone judges them, and every rotated token costs a call; give --issuer, or the agent a service account")
 	}
-	client, err := newUpstream(ctx, &cfg, a.metrics.attempt)
+	client, err := newUpstream(ctx, &cfg, a.metrics.attempt, func(ctx context.Context) error {
+		// The cache is made below, and calls nobody before.
+		return a.cache.Permit(ctx)
+	})
 	if err != nil {
 		return err
 	}
@@ -86,6 +89,7 @@ func Run(ctx context.Context, cfg Config) error {
 		Upstream: upstream{client}, Audience: cfg.Audience,
 		Disabled:   cfg.MaxRetention == 0 || cfg.MaxCacheSize == 0,
 		MaxEntries: cfg.MaxCacheSize, MaxRetention: cfg.MaxRetention,
+		MaxBytes: cfg.MaxCacheBytes, Concurrency: cfg.UpstreamConcurrency,
 		UpstreamQPS: cfg.UpstreamQPS, BackgroundQPS: cfg.RenewalQPS,
 		Logger: a.log, Observe: a.observeFetch,
 	}); err != nil {
@@ -120,7 +124,11 @@ func Run(ctx context.Context, cfg Config) error {
 	if a.server, err = credserver.New(credserver.Config{
 		Attestor: a.attestor, Tokens: a.tokens.verifier, Credentials: credentials{a.cache},
 		Policy: cfg.Policy, Hosts: hosts(cfg.BindHosts), Observer: a.observer, Logger: a.log,
+		Limits: credserver.Limits{Pod: cfg.PodLimits},
 	}); err != nil {
+		if errors.Is(err, credserver.ErrConfig) {
+			err = fmt.Errorf("%w: %w", ErrConfig, err)
+		}
 		return err
 	}
 	a.listeners = newListeners(a.server, cfg.BindHosts, cfg.Port, a.log, a.metrics)
@@ -293,15 +301,8 @@ func (a *Agent) registerGauges() {
 		return float64(a.tokens.keys.Stats().Keys)
 	})
 	m.gauge("latchkey_connections", "Open connections of pods.", func() float64 { return float64(a.server.Stats().Connections) })
-	m.gauge("latchkey_cache_entries", "Cached credentials.", func() float64 { return float64(a.cache.Stats().Entries) })
-	m.gauge("latchkey_cache_bytes", "Memory of cached credentials.", func() float64 { return float64(a.cache.Stats().Bytes) })
-	m.gauge("latchkey_cache_next_expiry_seconds", "Time until the first cached credentials end; 0 without any.", func() float64 {
-		next := a.cache.Stats().NextExpiry
-		if next.IsZero() {
-			return 0
-		}
-		return max(0, time.Until(next).Seconds())
-	})
+	m.gauge("latchkey_by_token_mode", "1 if there is no key to check tokens with, so that each token is known by its bytes alone.", func() float64 { return bool01(a.tokens.keys == nil) })
+	m.registry.MustRegister(newCacheCollector(a.cache.Stats))
 	if a.node == nil {
 		return
 	}

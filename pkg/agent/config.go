@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/latchkey-dev/latchkey/pkg/attribution"
+	"github.com/latchkey-dev/latchkey/pkg/credserver"
 	"github.com/latchkey-dev/latchkey/pkg/linklocal"
 	"github.com/latchkey-dev/latchkey/pkg/verdict"
 )
@@ -28,6 +29,10 @@ const (
 	DefaultMaxRetention = 3 * time.Hour
 	DefaultMaxCacheSize = 2000
 	DefaultRenewalQPS   = 3
+	// What one pod may use: some hundred times what SDKs ask for.
+	DefaultPodQPS         = 500
+	DefaultPodBurst       = 1000
+	DefaultPodConnections = 256
 	// DefaultUpstreamQPS bounds the node's calls of the EKS Auth API, whose
 	// limit all nodes of an account share.
 	DefaultUpstreamQPS = 10
@@ -81,6 +86,15 @@ type Config struct {
 	RenewalQPS  float64
 	UpstreamQPS float64
 
+	// UpstreamConcurrency bounds the calls in flight; MaxCacheBytes the cache's
+	// memory. 0 means the cache's default.
+	UpstreamConcurrency int
+	MaxCacheBytes       int64
+	// NodeName is sent to EKS Auth as eksNodeName; empty sends none.
+	NodeName string
+	// PodLimits is what one pod may use of the endpoint; zero fields mean the
+	// endpoint's defaults. There is no limit that pods share.
+	PodLimits credserver.Allowance
 	// Version is shown by the CLI and in metrics.
 	Version string
 	// Logger is required.
@@ -172,7 +186,8 @@ func (c *Config) check() ([]Warning, error) {
 			return nil, fmt.Errorf("%w: %s %q: give an absolute path", ErrConfig, p.flag, p.value)
 		}
 	}
-	if c.MaxRetention < 0 || c.MaxCacheSize < 0 || c.RenewalQPS < 0 || c.UpstreamQPS < 0 {
+	if c.MaxRetention < 0 || c.MaxCacheSize < 0 || c.RenewalQPS < 0 || c.UpstreamQPS < 0 || c.UpstreamConcurrency < 0 ||
+		c.MaxCacheBytes < 0 {
 		return nil, fmt.Errorf("%w: durations, sizes and rates are not negative", ErrConfig)
 	}
 	if c.UpstreamQPS == 0 {

@@ -32,6 +32,16 @@ func (u unverified) Verify(_ context.Context, raw string) (evidence.Token, error
 	return u.parser.ParseUnverified(raw)
 }
 
+// verified checks signatures; what is remembered of a token ends with the keys
+// it was checked with.
+type verified struct {
+	*satoken.Verifier
+	keys *satoken.Keys
+}
+
+// KeyGeneration implements credserver.KeyGenerations.
+func (v verified) KeyGeneration() uint64 { return v.keys.Generation() }
+
 // newTokenCheck chooses the source of keys: what the operator named, else the
 // API server that the agent's own pod was given, else none. A token's iss claim
 // chooses nothing.
@@ -77,7 +87,7 @@ func newTokenCheck(cfg *Config) (tokenCheck, error) {
 	if err != nil {
 		return tokenCheck{}, fmt.Errorf("verification keys: %w", err)
 	}
-	return tokenCheck{verifier: v, keys: keys, what: source.String()}, nil
+	return tokenCheck{verifier: verified{v, keys}, keys: keys, what: source.String()}, nil
 }
 
 // inPod: the kubelet has mounted a token of the agent's own.

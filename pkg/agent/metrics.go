@@ -4,11 +4,13 @@ package agent
 
 import (
 	"sync"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 
 	"github.com/latchkey-dev/latchkey/pkg/attribution"
+	"github.com/latchkey-dev/latchkey/pkg/credcache"
 	"github.com/latchkey-dev/latchkey/pkg/eksauth"
 	"github.com/latchkey-dev/latchkey/pkg/evidence"
 	"github.com/latchkey-dev/latchkey/pkg/linklocal"
@@ -21,7 +23,6 @@ type metrics struct {
 	registry *prometheus.Registry
 
 	responses  *prometheus.CounterVec
-	cacheState *prometheus.CounterVec
 	cacheError *prometheus.CounterVec
 
 	verdicts *prometheus.CounterVec
@@ -34,7 +35,7 @@ type metrics struct {
 	serving  *prometheus.GaugeVec
 
 	// Of the hit path: found without a look-up.
-	hits, misses, servedTotal prometheus.Counter
+	servedTotal prometheus.Counter
 	// refusals by reason; the values are made once each.
 	refusals sync.Map // refusalKey → prometheus.Counter
 }
@@ -49,8 +50,6 @@ func newMetrics(version string, mode string) *metrics {
 		registry: prometheus.NewRegistry(),
 		responses: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "pod_identity_http_response", Help: "Answers of the credential endpoint, by HTTP status."}, []string{"code"}),
-		cacheState: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "pod_identity_cache_state", Help: "Requests answered from the cache (hit) or after a call of EKS Auth (miss), and entries removed before their expiry (evicted)."}, []string{"state"}),
 		cacheError: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "pod_identity_cache_errors", Help: "Failed calls of EKS Auth, by whether cached credentials are kept (Recoverable) or dropped (NonRecoverable), and by its error code."}, []string{"type", "code"}),
 		verdicts: prometheus.NewCounterVec(prometheus.CounterOpts{
@@ -75,10 +74,9 @@ func newMetrics(version string, mode string) *metrics {
 	info := prometheus.NewGauge(prometheus.GaugeOpts{
 		Name: "latchkey_build_info", Help: "Always 1.", ConstLabels: prometheus.Labels{"version": version, "attestation": mode}})
 	info.Set(1)
-	m.registry.MustRegister(m.responses, m.cacheState, m.cacheError, m.verdicts, m.duration, m.upstream, m.exchange,
+	m.registry.MustRegister(m.responses, m.cacheError, m.verdicts, m.duration, m.upstream, m.exchange,
 		m.dropped, m.address, m.repairs, m.serving, info,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
-	m.hits, m.misses = m.cacheState.WithLabelValues("hit"), m.cacheState.WithLabelValues("miss")
 	// There from the start, so that a rate over them is never absent.
 	for _, r := range []evidence.Reason{evidence.ReasonPodMismatch, evidence.ReasonNoEvidence, evidence.ReasonPodEnded, evidence.ReasonTwoPods, evidence.ReasonForeignNetns, evidence.ReasonNotPod} {
 		m.refused(r, false)
@@ -88,16 +86,6 @@ func newMetrics(version string, mode string) *metrics {
 		m.address.WithLabelValues(f.String())
 	}
 	return m
-}
-
-// served counts an answer with credentials.
-func (m *metrics) served(hit bool) prometheus.Counter {
-	if hit {
-		m.hits.Inc()
-	} else {
-		m.misses.Inc()
-	}
-	return m.servedTotal
 }
 
 func (m *metrics) refused(r evidence.Reason, shadow bool) prometheus.Counter {
@@ -172,4 +160,72 @@ func (c *bpfCollector) Collect(ch chan<- prometheus.Metric) {
 		}
 		ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(e.Count), e.Name)
 	}
+}
+
+// cacheCollector shows the cache, with one look at it per scrape.
+type cacheCollector struct {
+	stats func() credcache.Stats
+	descs map[string]*prometheus.Desc
+	state *prometheus.Desc
+}
+
+func newCacheCollector(stats func() credcache.Stats) *cacheCollector {
+	c := &cacheCollector{
+		stats: stats, descs: map[string]*prometheus.Desc{},
+		state: prometheus.NewDesc("pod_identity_cache_state", "Requests answered from the cache (hit) or after a call of EKS Auth (miss), and entries removed by the cache's bounds (evicted).", []string{"state"}, nil),
+	}
+	for name, help := range map[string]string{
+		"latchkey_cache_entries":             "Cached credentials.",
+		"latchkey_cache_bytes":               "Memory of cached credentials.",
+		"latchkey_cache_unverified_entries":  "Cached credentials of tokens that only EKS Auth has judged.",
+		"latchkey_cache_next_expiry_seconds": "Time until the first cached credentials end; 0 without any.",
+		"latchkey_cache_due":                 "Renewals that wait for the budget.",
+		"latchkey_upstream_in_flight":        "Calls of EKS Auth under way.",
+		"latchkey_upstream_waiting":          "Fetches that wait for the budget.",
+		"latchkey_upstream_rate_factor":      "Share of --upstream-qps in use; below 1 while EKS Auth throttles.",
+	} {
+		c.descs[name] = prometheus.NewDesc(name, help, nil, nil)
+	}
+	c.descs["latchkey_cache_removed_total"] = prometheus.NewDesc("latchkey_cache_removed_total",
+		"Credentials removed from the cache, by cause: evicted by its bounds, expired, pod (ended) or refused by EKS Auth.", []string{"cause"}, nil)
+	return c
+}
+
+// Describe implements prometheus.Collector.
+func (c *cacheCollector) Describe(ch chan<- *prometheus.Desc) {
+	ch <- c.state
+	for _, d := range c.descs {
+		ch <- d
+	}
+}
+
+// Collect implements prometheus.Collector.
+func (c *cacheCollector) Collect(ch chan<- prometheus.Metric) {
+	s := c.stats()
+	counter := func(d *prometheus.Desc, v uint64, label string) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(v), label)
+	}
+	gauge := func(name string, v float64) {
+		ch <- prometheus.MustNewConstMetric(c.descs[name], prometheus.GaugeValue, v)
+	}
+	counter(c.state, s.Hits, "hit")
+	counter(c.state, s.Misses+s.Joined, "miss")
+	counter(c.state, s.Evicted, "evicted")
+	removed := c.descs["latchkey_cache_removed_total"]
+	counter(removed, s.Evicted, "evicted")
+	counter(removed, s.Expired, "expired")
+	counter(removed, s.DroppedPod, "pod")
+	counter(removed, s.DroppedRefused, "refused")
+	gauge("latchkey_cache_entries", float64(s.Entries))
+	gauge("latchkey_cache_bytes", float64(s.Bytes))
+	gauge("latchkey_cache_unverified_entries", float64(s.UnverifiedEntries))
+	gauge("latchkey_cache_due", float64(s.Due))
+	gauge("latchkey_upstream_in_flight", float64(s.InFlight))
+	gauge("latchkey_upstream_waiting", float64(s.Waiting))
+	gauge("latchkey_upstream_rate_factor", s.RateFactor)
+	next := 0.0
+	if !s.NextExpiry.IsZero() {
+		next = max(0, time.Until(s.NextExpiry).Seconds())
+	}
+	gauge("latchkey_cache_next_expiry_seconds", next)
 }

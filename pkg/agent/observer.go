@@ -75,7 +75,7 @@ func (o *observer) Observe(r credserver.Record) {
 	}
 	o.m.duration.Observe(r.Latency.Seconds())
 	if r.Status == 200 && !r.Verdict.Report {
-		o.m.served(r.Hit).Inc()
+		o.m.servedTotal.Inc()
 		if !r.Hit {
 			// The first answer of a life: worth telling the CLI. Hits are told
 			// by the cache.

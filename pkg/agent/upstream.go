@@ -21,7 +21,7 @@ const rotateInterval = time.Minute
 
 // newUpstream makes the client of EKS Auth with the node's own credentials,
 // found as every AWS SDK finds them.
-func newUpstream(ctx context.Context, cfg *Config, observe func(eksauth.Attempt)) (*eksauth.Client, error) {
+func newUpstream(ctx context.Context, cfg *Config, observe func(eksauth.Attempt), permit func(context.Context) error) (*eksauth.Client, error) {
 	var opts []func(*awsconfig.LoadOptions) error
 	if cfg.RotateCredentials {
 		opts = append(opts, awsconfig.WithCredentialsProvider(aws.NewCredentialsCache(credentialsFile{})))
@@ -39,6 +39,8 @@ func newUpstream(ctx context.Context, cfg *Config, observe func(eksauth.Attempt)
 	}
 	ec.ClusterName = cfg.ClusterName
 	ec.Observe = observe
+	ec.Permit = permit
+	ec.NodeName = cfg.NodeName
 	ec.UserAgent = "latchkey-agent/" + cfg.Version
 	if cfg.Endpoint != "" {
 		ec.Endpoint, ec.FIPS = cfg.Endpoint, false

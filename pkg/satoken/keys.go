@@ -85,6 +85,7 @@ type Keys struct {
 	ended   time.Time  // when the last fetch ended; zero: none has
 	lastErr error      // how it ended
 
+	generation                                 atomic.Uint64
 	fetches, fetchErrors, unknown, cacheErrors atomic.Uint64
 	lastSuccess                                atomic.Int64 // Unix nanoseconds; 0: none
 }
@@ -257,6 +258,7 @@ func (k *Keys) fetch(ctx context.Context) error {
 		return fmt.Errorf("reading keys of %s: no issuer is named", k.cfg.Source)
 	}
 	k.store(&publishedSet{KeySet: set, document: document})
+	k.generation.Add(1)
 	k.log.Info("token keys changed", "keys", set.Len(), "issuer", set.Issuer(), "skipped", len(set.Skipped()))
 	for _, reason := range set.Skipped() {
 		k.log.Warn("a published key is not usable", "error", reason)
@@ -293,6 +295,10 @@ type Stats struct {
 	// so what Keys counts came from the cache file.
 	LastSuccess time.Time
 }
+
+// Generation changes whenever the source publishes other keys: what was
+// verified under an earlier one may be signed by a key that was withdrawn.
+func (k *Keys) Generation() uint64 { return k.generation.Load() }
 
 // Stats may be called at any time.
 func (k *Keys) Stats() Stats {
