@@ -239,14 +239,14 @@ func (a *Agent) Err() error { return a.err }
 
 // WaitReady polls /readyz until it says yes, the agent ends, or ctx does.
 func (a *Agent) WaitReady(ctx context.Context) error {
-	last := errors.New("not asked yet")
 	for {
-		if _, last = a.rig.Get(ctx, probePort, "/readyz"); last == nil {
+		_, last := a.rig.Get(ctx, probePort, "/readyz")
+		if last == nil {
 			return nil
 		}
 		select {
 		case <-a.done:
-			return fmt.Errorf("the agent ended: %w", errors.Join(a.err, errors.New(last.Error())))
+			return fmt.Errorf("the agent ended: %w", errors.Join(a.err, last))
 		case <-ctx.Done():
 			return fmt.Errorf("the agent did not become ready: %w", last)
 		case <-time.After(20 * time.Millisecond):
