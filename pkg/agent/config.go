@@ -187,7 +187,7 @@ func (c *Config) check() ([]Warning, error) {
 		}
 	}
 	if c.MaxRetention < 0 || c.MaxCacheSize < 0 || c.RenewalQPS < 0 || c.UpstreamQPS < 0 || c.UpstreamConcurrency < 0 ||
-		c.MaxCacheBytes < 0 {
+		c.MaxCacheBytes < 0 || c.PodLimits.Rate < 0 || c.PodLimits.Burst < 0 || c.PodLimits.Connections < 0 {
 		return nil, fmt.Errorf("%w: durations, sizes and rates are not negative", ErrConfig)
 	}
 	if c.UpstreamQPS == 0 {
