@@ -42,7 +42,7 @@ type budget struct {
 	refilled      time.Time
 	factor        float64 // of rate, after throttling
 	slowed        time.Time
-	throttles     int // in a row
+	throttles     int // in a row, at most 5
 	noRefreshTill time.Time
 
 	inFlight int
@@ -185,9 +185,9 @@ func (b *budget) report(err error) {
 	if now.Sub(b.slowed) >= time.Second {
 		b.slowed = now
 		b.factor = max(slowestFactor, b.factor/2)
-		b.throttles++
+		b.throttles = min(b.throttles+1, 5)
 	}
-	pause := min(max(up.RetryAfter, time.Second<<min(b.throttles-1, 5)), maxBackgroundPause)
+	pause := min(max(up.RetryAfter, time.Second<<b.throttles), maxBackgroundPause)
 	if till := now.Add(pause); till.After(b.noRefreshTill) {
 		b.noRefreshTill = till
 	}

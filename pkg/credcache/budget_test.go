@@ -39,21 +39,18 @@ func TestRateAndConcurrencyAreBounded(t *testing.T) {
 func TestBudgetThatIsUsedUpSaysSo(t *testing.T) {
 	t.Parallel()
 	inBubble(t, func(cfg *Config) { cfg.Concurrency, cfg.FetchTimeout = 1, 5*time.Second }, func(t *testing.T, c *Cache, up *fake) {
-		up.answer = func(ctx context.Context, _ string) (Answer, error) { <-ctx.Done(); return Answer{}, ctx.Err() }
+		up.answer = func(_ context.Context, token string) (Answer, error) {
+			time.Sleep(20 * time.Second) // and no context ends it
+			return good(token, 0), nil
+		}
 		go func() { _, _, _ = c.Get(t.Context(), request(1, 0)) }()
 		time.Sleep(time.Second)
+		start := time.Now()
 		_, _, err := c.Get(t.Context(), request(2, 0))
-		if err == nil || ReasonOf(err) != evidence.ReasonUpstreamUnavailable {
-			t.Errorf("%v", err)
+		if !errors.Is(err, ErrOverloaded) || ReasonOf(err) != evidence.ReasonUpstreamUnavailable || time.Since(start) != 5*time.Second {
+			t.Errorf("%v after %v", err, time.Since(start))
 		}
-		third := func() { _, _, err = c.Get(t.Context(), request(3, 0)) }
-		go func() { _, _, _ = c.Get(t.Context(), request(4, 0)) }()
-		synctest.Wait()
-		third()
-		if !errors.Is(err, ErrOverloaded) {
-			t.Errorf("%v", err)
-		}
-		time.Sleep(10 * time.Second)
+		time.Sleep(time.Minute)
 		if s := c.Stats(); s.InFlight != 0 || s.Waiting != 0 || len(c.budget.queues) != 0 || len(c.budget.turns) != 0 {
 			t.Errorf("%+v", s)
 		}
@@ -118,19 +115,13 @@ func TestUrgentRefreshesGetAFifth(t *testing.T) {
 // Refreshes that can wait leave the budget to requests.
 func TestRequestsComeBeforeRefreshes(t *testing.T) {
 	t.Parallel()
-	inBubble(t, func(cfg *Config) {
-		cfg.UpstreamQPS, cfg.BackgroundQPS, cfg.FetchTimeout = 10, 10, time.Hour
-	}, func(t *testing.T, c *Cache, up *fake) {
-		b := c.budget
-		b.mu.Lock()
+	synctest.Test(t, func(t *testing.T) {
+		b := newBudget(Config{UpstreamQPS: 10, BackgroundQPS: 10, Concurrency: 100, Now: time.Now})
+		defer b.stop()
 		b.tokens = 0
-		b.mu.Unlock()
-		c.cancel() // the scheduler is played by the test
-		synctest.Wait()
-		c.ctx = context.Background()
 		b.want(time.Now().Add(time.Hour))
 		for range 30 {
-			go func() { _ = b.acquire(context.Background(), "x") }()
+			go func() { _ = b.acquire(t.Context(), "x") }()
 		}
 		synctest.Wait()
 		time.Sleep(2 * time.Second)
@@ -141,69 +132,94 @@ func TestRequestsComeBeforeRefreshes(t *testing.T) {
 		if len(b.granted) != 1 {
 			t.Error("no refresh went after all requests")
 		}
-		b.stop()
 	})
 }
 
 func TestBackgroundShareIsBounded(t *testing.T) {
 	t.Parallel()
-	inBubble(t, func(cfg *Config) { cfg.UpstreamQPS, cfg.BackgroundQPS = 100, 3 }, func(t *testing.T, c *Cache, up *fake) {
-		c.budget.mu.Lock()
-		c.budget.tokens = 1000
-		c.budget.mu.Unlock()
-		for n := range 1000 {
-			mustGet(t, c, request(n, 0), OutcomeMiss)
+	synctest.Test(t, func(t *testing.T) {
+		b := newBudget(Config{UpstreamQPS: 100, BackgroundQPS: 3, Concurrency: 100, Now: time.Now})
+		defer b.stop()
+		refreshes := func(urgent time.Duration) (n int) {
+			for end := time.Now().Add(10 * time.Second); time.Now().Before(end); n++ {
+				b.want(time.Now().Add(urgent))
+				<-b.granted
+				b.release()
+			}
+			return n
 		}
-		up.set(func(f *fake) { f.calls = nil })
-		time.Sleep(4 * time.Hour)
-		if len(up.history()) != 1000 {
-			t.Errorf("%d renewals of 1000", len(up.history()))
+		if n := refreshes(time.Hour); n < 30 || n > 34 {
+			t.Errorf("%d in ten seconds, want three a second and three more", n)
 		}
-		if n := busiestSecond(up.history()); n > 6 {
-			t.Errorf("%d background calls in one second", n)
+		if n := refreshes(0); n < 1000 || n > 1210 {
+			t.Errorf("%d urgent ones in ten seconds, want the whole budget", n)
 		}
 	})
 }
 
 func TestThrottlingSlowsTheNodeDown(t *testing.T) {
 	t.Parallel()
-	inBubble(t, func(cfg *Config) { cfg.UpstreamQPS = 10 }, func(t *testing.T, c *Cache, up *fake) {
-		b := c.budget
+	synctest.Test(t, func(t *testing.T) {
+		b := newBudget(Config{UpstreamQPS: 10, BackgroundQPS: 10, Concurrency: 100, Now: time.Now})
+		defer b.stop()
 		throttle := func(after time.Duration) {
 			b.report(&UpstreamError{Reason: evidence.ReasonUpstreamThrottled, RetryAfter: after, Err: errors.New("slow down")})
+		}
+		factor := func() float64 {
+			b.mu.Lock()
+			defer b.mu.Unlock()
+			b.refill(time.Now())
+			return b.factor
 		}
 		for range 20 {
 			throttle(0) // one burst of refusals is one sign
 		}
-		if f := c.Stats().RateFactor; f != 0.5 {
+		if f := factor(); f != 0.5 {
 			t.Errorf("factor %v", f)
 		}
 		for range 10 {
 			time.Sleep(time.Second)
 			throttle(0)
 		}
-		if f := c.Stats().RateFactor; f < slowestFactor || f > 0.2 {
+		if f := factor(); f < slowestFactor || f > 0.2 {
 			t.Errorf("factor %v", f)
 		}
-		time.Sleep(30 * time.Second)
+		// A success between two refusals does not undo the first.
 		b.report(nil)
-		if f := c.Stats().RateFactor; f != 1 {
-			t.Errorf("factor %v after half a minute", f)
+		throttle(0)
+		time.Sleep(2 * time.Minute)
+		b.report(nil)
+		if f := factor(); f != 1 {
+			t.Errorf("factor %v after two minutes", f)
 		}
 		throttle(40 * time.Second)
 		b.want(time.Now().Add(time.Hour))
-		time.Sleep(39 * time.Second)
+		time.Sleep(40*time.Second - time.Millisecond)
 		if len(b.granted) != 0 {
 			t.Error("a refresh went though the upstream asked to wait")
 		}
 		// Requests still go: each is somebody waiting.
-		mustGet(t, c, request(1, 0), OutcomeMiss)
+		if err := b.acquire(t.Context(), "x"); err != nil {
+			t.Error(err)
+		}
+		time.Sleep(2 * time.Millisecond)
+		if len(b.granted) != 1 {
+			t.Error("the refresh did not go after the pause")
+		}
+		<-b.granted
+		// Near its end a refresh does not wait for the pause.
+		throttle(40 * time.Second)
+		b.want(time.Now().Add(10 * time.Second))
+		time.Sleep(11 * time.Second)
+		if len(b.granted) != 1 {
+			t.Error("an urgent refresh waited for the pause")
+		}
 	})
 }
 
 func TestRetryNeedsWhatNobodyWaitsFor(t *testing.T) {
 	t.Parallel()
-	inBubble(t, func(cfg *Config) { cfg.UpstreamQPS, cfg.FetchTimeout = 1, time.Hour }, func(t *testing.T, c *Cache, up *fake) {
+	inBubble(t, func(cfg *Config) { cfg.UpstreamQPS, cfg.Concurrency = 1, 1 }, func(t *testing.T, c *Cache, up *fake) {
 		for range 2 {
 			if err := c.Permit(t.Context()); err != nil {
 				t.Error(err)
@@ -212,13 +228,17 @@ func TestRetryNeedsWhatNobodyWaitsFor(t *testing.T) {
 		if err := c.Permit(t.Context()); !errors.Is(err, ErrOverloaded) {
 			t.Errorf("got %v", err)
 		}
-		go func() { _, _, _ = c.Get(t.Context(), request(1, 0)) }()
+		up.set(func(f *fake) { f.delay = 5 * time.Second })
+		time.Sleep(10 * time.Second)
+		for n := range 2 {
+			go func() { _, _, _ = c.Get(t.Context(), request(n, 0)) }()
+		}
 		synctest.Wait()
 		if c.Stats().Waiting != 1 || c.Permit(t.Context()) == nil {
 			t.Error("a retry went before a request that waits")
 		}
-		time.Sleep(3 * time.Second)
-		if err := c.Permit(t.Context()); err != nil || up.count() != 1 {
+		time.Sleep(15 * time.Second)
+		if err := c.Permit(t.Context()); err != nil || up.count() != 2 {
 			t.Errorf("%v, %d calls", err, up.count())
 		}
 	})

@@ -125,6 +125,15 @@ func TestRefreshUsesTheNewestToken(t *testing.T) {
 		if up.count() != 2 || up.last() != request(1, 2).Raw {
 			t.Errorf("%d fetches, the last with %q", up.count(), up.last())
 		}
+		// Nor does the old one displace it when it starts a refresh that is due.
+		for c.Snapshot()[0].State != StateIdle {
+			time.Sleep(time.Minute)
+		}
+		mustGet(t, c, request(1, 0), OutcomeHit)
+		synctest.Wait()
+		if up.count() != 3 || up.last() != request(1, 2).Raw {
+			t.Errorf("%d fetches, the last with %q", up.count(), up.last())
+		}
 	})
 }
 
@@ -153,6 +162,31 @@ func TestExpiredTokenKeepsCredentialsUntilANewOneComes(t *testing.T) {
 		time.Sleep(time.Second)
 		if left := expiresIn(t, c, request(1, 1)); up.count() != 2 || up.last() != request(1, 1).Raw || left < 5*time.Hour {
 			t.Errorf("%d fetches, %v left", up.count(), left)
+		}
+	})
+}
+
+// The token may run out while the refresh waits for the budget.
+func TestTokenThatExpiresInTheQueue(t *testing.T) {
+	t.Parallel()
+	inBubble(t, func(cfg *Config) { cfg.BackgroundQPS = 1e-6 }, func(t *testing.T, c *Cache, up *fake) {
+		for n := range 3 {
+			req := request(n, 0)
+			req.Token.Expiry = time.Now().Add(3*time.Hour + 30*time.Minute)
+			mustGet(t, c, req, OutcomeMiss)
+		}
+		time.Sleep(5*time.Hour + 55*time.Minute)
+		// One refresh went at once; the others were urgent only when their tokens
+		// had expired.
+		if up.count() != 4 {
+			t.Fatalf("%d fetches", up.count())
+		}
+		for n := range 3 {
+			mustGet(t, c, request(n, 1), OutcomeHit)
+		}
+		time.Sleep(time.Second)
+		if s := c.Stats(); up.count() != 6 || s.Refreshes[evidence.ReasonServed] != 3 || s.InFlight != 0 {
+			t.Errorf("%d fetches, %+v", up.count(), s)
 		}
 	})
 }
@@ -197,7 +231,7 @@ func TestWhatDropsOnRefreshAndWhatKeeps(t *testing.T) {
 				// The end is the credentials' own, and not a moment later.
 				time.Sleep(14*time.Minute + 44*time.Second)
 				mustGet(t, c, request(1, 0), OutcomeHit)
-				if n := up.count(); n > 40 {
+				if n := up.count(); n > 60 {
 					t.Errorf("%d fetches during the outage", n)
 				}
 				up.set(func(f *fake) { f.answer = nil })
