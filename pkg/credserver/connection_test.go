@@ -893,6 +893,58 @@ func TestHalfClosed(t *testing.T) {
 	c.ended()
 }
 
+// One pod opens thousands of connections and says nothing on them. It gets its
+// own allowance of them; a quiet pod does not notice.
+func TestFloodOfConnections(t *testing.T) {
+	loud, quiet := podOf(podA), podOf(podB)
+	loudAddr := netip.MustParseAddr("127.0.0.2")
+	b := newBed(t, func(cfg *Config, _ *bed) {
+		cfg.Attestor = attestorFunc(func(nc net.Conn) (evidence.Attestation, Liveness) {
+			if nc.RemoteAddr().(*net.TCPAddr).AddrPort().Addr() == loudAddr {
+				return loud.attestation, loud
+			}
+			return quiet.attestation, quiet
+		})
+		cfg.Limits = Limits{} // The defaults.
+	})
+	const flood = 3000
+	started, done := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(done)
+		d := net.Dialer{LocalAddr: &net.TCPAddr{IP: loudAddr.AsSlice()}}
+		for i := range flood {
+			nc, err := d.DialContext(t.Context(), "tcp4", b.addr)
+			if err != nil {
+				t.Errorf("connection %d: %v", i, err)
+				return
+			}
+			defer nc.Close()
+			if i == flood/10 {
+				close(started)
+			}
+		}
+	}()
+	<-started
+	for i := range 200 {
+		c := b.dial(t)
+		if r := c.ask(get(tokenB)); r.StatusCode != 200 {
+			t.Fatalf("request %d of the quiet pod: got %d %q", i, r.StatusCode, r.text)
+		}
+		_ = c.Close()
+	}
+	<-done
+	b.ledger.mu.Lock()
+	held := b.ledger.pods[podA].conns.Load()
+	b.ledger.mu.Unlock()
+	if held > 256 {
+		t.Errorf("the flooding pod held %d connections", held)
+	}
+	until(t, "the excess to be gone", func() bool { return b.Stats().Connections <= 256 })
+	if b.records.count(evidence.ReasonRateLimited) == 0 {
+		t.Error("nothing was turned away")
+	}
+}
+
 // Many connections and pods at once, for the race detector.
 func TestConcurrentPods(t *testing.T) {
 	pods := []*pod{podOf(podA), podOf(podB)}

@@ -244,7 +244,7 @@ func bareHost(authority []byte) []byte {
 	}
 	if len(host) > 2 && host[0] == '[' && host[len(host)-1] == ']' {
 		host = host[1 : len(host)-1]
-		if bytes.IndexAny(host, "[]") >= 0 {
+		if bytes.ContainsAny(host, "[]") {
 			return authority
 		}
 	}
