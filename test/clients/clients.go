@@ -3,7 +3,7 @@
 // Package clients holds real, unmodified AWS clients to be run in pods, and
 // what they report. The Go client is a function ([Fetch]), so that a test can
 // run it as a testnode action, and a program (awsgo). The JavaScript clients
-// are in js.
+// are in js, botocore's is in py, and the AWS CLI is Debian's.
 package clients
 
 import (
@@ -36,8 +36,15 @@ const (
 // maxBody bounds what is kept of a response.
 const maxBody = 64 << 10
 
-// ErrNotInstalled means that the JavaScript clients' modules are missing.
-var ErrNotInstalled = errors.New("the JavaScript clients are not installed: run `npm install --no-audit --no-fund` in test/clients/js")
+// Clients that are missing; the texts say what to do.
+var (
+	// ErrNotInstalled means that the JavaScript clients' modules are missing.
+	ErrNotInstalled = errors.New("the JavaScript clients are not installed: run `npm install --no-audit --no-fund` in test/clients/js")
+	// ErrNoBotocore means that botocore is missing.
+	ErrNoBotocore = errors.New("botocore is not installed: install Debian's awscli and python3-requests, and run test/clients/py/install")
+	// ErrNoCLI means that the AWS CLI is missing.
+	ErrNoCLI = errors.New("the AWS CLI is not installed: install Debian's package awscli")
+)
 
 // Result is what a client reports, as one line of JSON. It holds nothing that
 // could be used: no secret key, no session token, no service-account token.
@@ -257,23 +264,82 @@ const (
 // directory must be inside the repository. The error is [ErrNotInstalled] if
 // its modules are missing.
 func JS(provider JSProvider) ([]string, error) {
-	dir, err := os.Getwd()
+	root, err := repository()
 	if err != nil {
 		return nil, fmt.Errorf("looking for the JavaScript clients: %w", err)
 	}
-	for {
-		if _, err := os.Stat(filepath.Join(dir, "go.mod")); err == nil {
-			break
-		}
-		parent := filepath.Dir(dir)
-		if parent == dir {
-			return nil, errors.New("looking for the JavaScript clients: not inside the repository")
-		}
-		dir = parent
-	}
-	dir = filepath.Join(dir, "test", "clients", "js")
+	dir := filepath.Join(root, "test", "clients", "js")
 	if _, err := os.Stat(filepath.Join(dir, "node_modules", ".package-lock.json")); err != nil {
 		return nil, ErrNotInstalled
 	}
 	return []string{"node", filepath.Join(dir, "client.mjs"), string(provider)}, nil
+}
+
+// Botocore is the command line that runs botocore 1.37, Python's SDK, which
+// prints a [Result]; its exit status is 1 if it got no credentials. The working
+// directory must be inside the repository. The error is [ErrNoBotocore] if it
+// is missing.
+func Botocore() ([]string, error) {
+	root, err := repository()
+	if err != nil {
+		return nil, fmt.Errorf("looking for botocore: %w", err)
+	}
+	packages := filepath.Join(root, ".cache", "botocore", "x", "usr", "lib", "python3", "dist-packages")
+	if _, err := os.Stat(filepath.Join(packages, "botocore", "session.py")); err != nil {
+		return nil, ErrNoBotocore
+	}
+	return []string{debianPython, filepath.Join(root, "test", "clients", "py", "client.py"), packages}, nil
+}
+
+// Debian's own, whatever else is in PATH: what botocore imports is there.
+const (
+	debianPython = "/usr/bin/python3"
+	debianCLI    = "/usr/bin/aws"
+)
+
+// CLI is the command line of Debian 12's AWS CLI 2.9 that prints credentials:
+// give its output to [ReadCLI]. It is older than EKS Pod Identity: it allows
+// localhost and 169.254.170.2 only, and reads the token from EnvToken only. The
+// error is [ErrNoCLI] if it is missing.
+func CLI() ([]string, error) {
+	if _, err := os.Stat(debianCLI); err != nil {
+		return nil, ErrNoCLI
+	}
+	return []string{debianCLI, "configure", "export-credentials", "--format", "process"}, nil
+}
+
+// ReadCLI makes a [Result] of what [CLI] wrote to its standard output and
+// error, keeping no secret of it, nor the token that it was given.
+func ReadCLI(stdout, stderr []byte, token string) Result {
+	var creds struct{ AccessKeyId, Expiration string }
+	if err := json.Unmarshal(stdout, &creds); err != nil || creds.AccessKeyId == "" {
+		text := strings.TrimSpace(string(stderr))
+		if text == "" {
+			// Not quoted: it may be credentials all the same.
+			text = "the AWS CLI printed nothing that can be read"
+		}
+		if token != "" {
+			text = strings.ReplaceAll(text, token, "[token]")
+		}
+		return Result{Error: text}
+	}
+	return Result{AccessKeyID: creds.AccessKeyId, Expires: creds.Expiration, Source: "aws-cli"}
+}
+
+// repository is the root of the repository that the working directory is in.
+func repository() (string, error) {
+	dir, err := os.Getwd()
+	if err != nil {
+		return "", err
+	}
+	for {
+		if _, err := os.Stat(filepath.Join(dir, "go.mod")); err == nil {
+			return dir, nil
+		}
+		parent := filepath.Dir(dir)
+		if parent == dir {
+			return "", errors.New("not inside the repository")
+		}
+		dir = parent
+	}
 }

@@ -148,3 +148,22 @@ func TestRedact(t *testing.T) {
 		t.Errorf("got %q, want %q", got, want)
 	}
 }
+
+func TestReadCLI(t *testing.T) {
+	t.Parallel()
+	for name, tt := range map[string]struct {
+		stdout, stderr string
+		want           Result
+	}{
+		"credentials": {
+			`{"Version":1,"AccessKeyId":"ASIATEST","SecretAccessKey":"secret","SessionToken":"session","Expiration":"2099-01-02T03:04:05+00:00"}`, "",
+			Result{AccessKeyID: "ASIATEST", Expires: "2099-01-02T03:04:05+00:00", Source: "aws-cli"},
+		},
+		"an error that quotes the token": {"", "\nUnable: a.b.c was refused\n", Result{Error: "Unable: [token] was refused"}},
+		"what cannot be read":            {"secret", "", Result{Error: "the AWS CLI printed nothing that can be read"}},
+	} {
+		if got := ReadCLI([]byte(tt.stdout), []byte(tt.stderr), "a.b.c"); got != tt.want {
+			t.Errorf("%s: %+v", name, got)
+		}
+	}
+}
