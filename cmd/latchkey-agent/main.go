@@ -14,7 +14,6 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
-	"runtime/debug"
 	"strings"
 	"syscall"
 
@@ -24,6 +23,7 @@ import (
 	"github.com/latchkey-dev/latchkey/pkg/adminapi"
 	"github.com/latchkey-dev/latchkey/pkg/agent"
 	"github.com/latchkey-dev/latchkey/pkg/attribution"
+	"github.com/latchkey-dev/latchkey/pkg/commandline"
 	"github.com/latchkey-dev/latchkey/pkg/credcache"
 	"github.com/latchkey-dev/latchkey/pkg/linklocal"
 	"github.com/latchkey-dev/latchkey/pkg/privilege"
@@ -31,7 +31,7 @@ import (
 )
 
 // version is set by the linker.
-var version = "unknown"
+var version string
 
 // Exit codes: a setting that cannot work needs a person, anything else may pass.
 const (
@@ -52,53 +52,27 @@ func main() {
 		return
 	}
 	fmt.Fprintln(os.Stderr, "latchkey-agent:", err)
-	var usage usageError
+	var usage commandline.UsageError
 	if errors.As(err, &usage) || errors.Is(err, agent.ErrConfig) {
 		os.Exit(exitUsage)
 	}
 	os.Exit(exitFailed)
 }
 
-// usageError is a command line that cannot be understood.
-type usageError struct{ error }
-
-func (e usageError) Unwrap() error { return e.error }
-
 func newRoot(out io.Writer) *cobra.Command {
 	var verbosity string
-	root := &cobra.Command{
-		Use:           "latchkey-agent",
-		Short:         "Give every pod of this node the credentials of its own role, and only to that pod",
-		SilenceUsage:  true,
-		SilenceErrors: true,
-		Version:       buildVersion(),
-		Args:          noArgs,
-		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
-	}
-	root.SetOut(out)
-	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
-		return usageError{fmt.Errorf("%w; see %s --help", err, cmd.CommandPath())}
-	})
+	root := commandline.Root(out, "latchkey-agent", "Give every pod of this node the credentials of its own role, and only to that pod", "",
+		commandline.Version(version))
 	root.PersistentFlags().StringVarP(&verbosity, "verbosity", "v", "info", "log `level`: panic, fatal, error, warn, info, debug or trace")
 	logger := func() (*slog.Logger, error) {
 		level, err := parseLevel(verbosity)
 		if err != nil {
-			return nil, usageError{err}
+			return nil, commandline.UsageError{Err: err}
 		}
 		return slog.New(slog.NewJSONHandler(out, &slog.HandlerOptions{Level: level})), nil
 	}
-	root.AddCommand(newServer(logger), newInitialize(logger), newCleanup(out, logger), &cobra.Command{
-		Use: "version", Short: "Print the version", Args: noArgs,
-		Run: func(*cobra.Command, []string) { fmt.Fprintln(out, buildVersion()) },
-	})
+	root.AddCommand(newServer(logger), newInitialize(logger), newCleanup(out, logger))
 	return root
-}
-
-func noArgs(cmd *cobra.Command, args []string) error {
-	if len(args) > 0 {
-		return usageError{fmt.Errorf("unknown argument %q; see %s --help", args[0], cmd.CommandPath())}
-	}
-	return nil
 }
 
 // parseLevel takes the reference agent's levels; slog has fewer.
@@ -116,16 +90,6 @@ func parseLevel(s string) (slog.Level, error) {
 	return 0, fmt.Errorf("unknown verbosity %q: use panic, fatal, error, warn, info, debug or trace", s)
 }
 
-func buildVersion() string {
-	if version != "unknown" {
-		return version
-	}
-	if info, ok := debug.ReadBuildInfo(); ok {
-		return info.Main.Version
-	}
-	return version
-}
-
 func newServer(logger func() (*slog.Logger, error)) *cobra.Command {
 	var (
 		cfg         agent.Config
@@ -140,13 +104,13 @@ func newServer(logger func() (*slog.Logger, error)) *cobra.Command {
 			"and answers pods until it gets SIGTERM. The node's own AWS credentials and region are found\n" +
 			"as every AWS SDK finds them (AWS_REGION, AWS_ENDPOINT_URL_EKS_AUTH, HTTPS_PROXY and so on).",
 		Example: "  latchkey-agent server --cluster-name prod",
-		Args:    noArgs,
+		Args:    commandline.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			log, err := logger()
 			if err != nil {
 				return err
 			}
-			cfg.Logger, cfg.Version = log, buildVersion()
+			cfg.Logger, cfg.Version = log, commandline.Version(version)
 			var warnings []agent.Warning
 			if cfg.BindHosts, warnings, err = agent.ParseBindHosts(bindHosts); err != nil {
 				return err
@@ -155,7 +119,7 @@ func newServer(logger func() (*slog.Logger, error)) *cobra.Command {
 				log.Warn(string(w))
 			}
 			if cfg.Policy.Default, err = verdict.ParseMode(attestation); err != nil {
-				return usageError{fmt.Errorf("--attestation: %w", err)}
+				return commandline.UsageError{Err: fmt.Errorf("--attestation: %w", err)}
 			}
 			if cfg.Policy.Namespaces, err = agent.ParseExceptions(exceptions); err != nil {
 				return err
@@ -209,7 +173,7 @@ func newInitialize(logger func() (*slog.Logger, error)) *cobra.Command {
 		Long: "initialize makes the link pod-id-link0 (or, where the kernel has no dummy links, uses lo),\n" +
 			"gives it 169.254.170.23 and fd00:ec2::23 and their routes. It needs CAP_NET_ADMIN and may be\n" +
 			"run again. IPv6 that is missing is reported and no failure.",
-		Args: noArgs,
+		Args: commandline.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			log, err := logger()
 			if err != nil {
@@ -228,7 +192,7 @@ func newCleanup(out io.Writer, logger func() (*slog.Logger, error)) *cobra.Comma
 		Long: "cleanup detaches the kernel programs, removes their pins, and the link, addresses and routes\n" +
 			"that carry Latchkey's mark. Nothing that somebody else made is touched. Run it when the agent\n" +
 			"has stopped for good.",
-		Args: noArgs,
+		Args: commandline.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			log, err := logger()
 			if err != nil {

@@ -12,7 +12,6 @@ import (
 	"io"
 	"os"
 	"os/signal"
-	"runtime/debug"
 	"strings"
 	"syscall"
 	"text/tabwriter"
@@ -21,10 +20,11 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/latchkey-dev/latchkey/pkg/adminapi"
+	"github.com/latchkey-dev/latchkey/pkg/commandline"
 )
 
-// Version is set by the linker.
-var version = "unknown"
+// version is set by the linker.
+var version string
 
 // Exit codes, for scripts.
 const (
@@ -44,13 +44,8 @@ func main() {
 	os.Exit(exitCode(err))
 }
 
-// usageError is a command line that cannot be understood.
-type usageError struct{ error }
-
-func (e usageError) Unwrap() error { return e.error }
-
 func exitCode(err error) int {
-	var usage usageError
+	var usage commandline.UsageError
 	switch {
 	case err == nil:
 		return exitOK
@@ -71,26 +66,15 @@ type cli struct {
 
 func newRoot(out io.Writer, now func() time.Time) *cobra.Command {
 	c := &cli{out: out, now: now}
-	root := &cobra.Command{
-		Use:           "latchkey",
-		Short:         "Show which pod of this node maps to which role, and why",
-		Long:          "latchkey asks the latchkey-agent of this node, over its admin socket (root only).\nIt never shows a secret or a token.\n\nExit codes: 0 done, 1 the agent could not be asked, 2 usage, 3 nothing found.",
-		SilenceUsage:  true,
-		SilenceErrors: true,
-		Version:       buildVersion(),
-		Args:          noArgs,
-		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
-	}
-	root.SetOut(out)
-	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
-		return usageError{fmt.Errorf("%w; see %s --help", err, cmd.CommandPath())}
-	})
+	root := commandline.Root(out, "latchkey", "Show which pod of this node maps to which role, and why",
+		"latchkey asks the latchkey-agent of this node, over its admin socket (root only).\nIt never shows a secret or a token.\n\nExit codes: 0 done, 1 the agent could not be asked, 2 usage, 3 nothing found.",
+		commandline.Version(version))
 	root.PersistentFlags().StringVar(&c.socket, "admin-socket", adminapi.DefaultSocket, "the agent's admin `socket`")
 
 	pods := &cobra.Command{
 		Use:   "pods",
 		Short: "List the node's pods: service account, role, credentials, last verdict",
-		Args:  noArgs,
+		Args:  commandline.NoArgs,
 		Example: "  latchkey pods\n" +
 			"  latchkey pods -o json | jq '.pods[] | select(.credentials == \"valid\") | .role'",
 		RunE: c.pods,
@@ -106,7 +90,7 @@ func newRoot(out io.Writer, now func() time.Time) *cobra.Command {
 			"  a pod UID",
 		Args: func(cmd *cobra.Command, args []string) error {
 			if len(args) != 1 || args[0] == "" {
-				return usageError{errors.New("whois takes one QUERY: a pid, ip:port, cgroup path, cgroup:ID or pod UID; see latchkey whois --help")}
+				return commandline.UsageError{Err: errors.New("whois takes one QUERY: a pid, ip:port, cgroup path, cgroup:ID or pod UID; see latchkey whois --help")}
 			}
 			return nil
 		},
@@ -115,7 +99,7 @@ func newRoot(out io.Writer, now func() time.Time) *cobra.Command {
 	status := &cobra.Command{
 		Use:   "status",
 		Short: "Show the agent: what it attests, listens on and checks tokens with",
-		Args:  noArgs,
+		Args:  commandline.NoArgs,
 		RunE:  c.status,
 	}
 	for _, cmd := range []*cobra.Command{pods, whois, status} {
@@ -123,29 +107,7 @@ func newRoot(out io.Writer, now func() time.Time) *cobra.Command {
 		_ = cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"table", "json"}, cobra.ShellCompDirectiveNoFileComp))
 		root.AddCommand(cmd)
 	}
-	root.AddCommand(&cobra.Command{
-		Use: "version", Short: "Print the version", Args: noArgs,
-		Run: func(*cobra.Command, []string) { fmt.Fprintln(out, buildVersion()) },
-	})
 	return root
-}
-
-func noArgs(cmd *cobra.Command, args []string) error {
-	if len(args) > 0 {
-		return usageError{fmt.Errorf("unknown argument %q; see %s --help", args[0], cmd.CommandPath())}
-	}
-	return nil
-}
-
-// buildVersion falls back to what the Go toolchain recorded.
-func buildVersion() string {
-	if version != "unknown" {
-		return version
-	}
-	if info, ok := debug.ReadBuildInfo(); ok {
-		return info.Main.Version
-	}
-	return version
 }
 
 func (c *cli) json() (bool, error) {
@@ -155,7 +117,7 @@ func (c *cli) json() (bool, error) {
 	case "table":
 		return false, nil
 	}
-	return false, usageError{fmt.Errorf("unknown output format %q: use table or json", c.format)}
+	return false, commandline.UsageError{Err: fmt.Errorf("unknown output format %q: use table or json", c.format)}
 }
 
 func (c *cli) printJSON(v any) error {

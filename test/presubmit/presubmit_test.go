@@ -286,7 +286,7 @@ func TestDependenciesInTheirPlace(t *testing.T) {
 		"github.com/valyala/fasthttp":   {"pkg/credserver", "test/", "bench/"},
 		"github.com/cilium/ebpf":        {"bpf", "pkg/attribution", "test/", "demo"},
 		"github.com/vishvananda/":       {"pkg/linklocal", "pkg/pods", "test/", "demo"},
-		"github.com/spf13/cobra":        {"cmd/"},
+		"github.com/spf13/cobra":        {"cmd/", "pkg/commandline"},
 		"github.com/go-jose/":           {"pkg/satoken", "test/"},
 		"k8s.io/":                       {"pkg/association", "pkg/webhook", "pkg/addon", "pkg/server", "test/", "cmd/latchkey-server"},
 		"github.com/sirupsen/logrus":    nil,
