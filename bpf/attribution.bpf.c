@@ -33,6 +33,14 @@ volatile const __u32 address4_count;
 volatile const __be32 addresses6[MAX_ADDRESSES][4];
 volatile const __u32 address6_count;
 
+/* The network namespace that the agent listens in, by inode: its own, which it
+ * holds, so the number is not reused. */
+volatile const __u32 agent_netns;
+
+#ifdef LATCHKEY_PROOF
+volatile const __u32 proof_off;
+#endif
+
 /* Where pods are: the kubepods cgroup. Only the bound per pod depends on it,
  * never the evidence. */
 volatile const __u64 kubepods_id;
@@ -113,6 +121,17 @@ struct {
 	__type(value, __u64);
 } events SEC(".maps");
 
+#ifdef LATCHKEY_PROOF
+/* proof_nonces: nonce by addresses, for PROOF_NONCE. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 1024);
+	__type(key, struct peers);
+	__type(value, __u64);
+} proof_nonces SEC(".maps");
+#endif
+
 static __always_inline void count(__u32 event)
 {
 	__u64 *n = bpf_map_lookup_elem(&events, &event);
@@ -183,6 +202,8 @@ static __always_inline __u64 socket_cgroup(struct sock *sk)
  * so that a pod gains nothing by making more cgroups below its own. */
 static __always_inline __u64 bound_owner(void)
 {
+	if (!PROTECTED(POD_BOUND))
+		return 0;
 	/* How deep the kubepods cgroup is depends on what the node itself runs
 	 * in (kind, a cgroup of its own in tests): looked for, not configured. */
 	for (int level = 0; level < MAX_KUBEPODS_LEVEL; level++) {
@@ -215,6 +236,8 @@ static __always_inline void forget(struct client *c)
 	if (!nonce)
 		return;
 	c->nonce = 0;
+	if (!PROTECTED(CONSUME_ONCE))
+		return;
 	if (bpf_map_delete_elem(&pending, &nonce) == 0)
 		count(EVENT_CLOSED_UNUSED);
 }
@@ -280,13 +303,13 @@ int latchkey_connect6(struct bpf_sock_addr *ctx)
 
 /* The compiler would load through a computed address what differs only in its
  * offset, and the verifier refuses that of a context. */
-#define CTX(field)                                                                          \
-	({                                                                                  \
-		__u64 value;                                                                \
-		asm volatile("%[value] = *(u32 *)(%[ctx] + %[offset])"                      \
-			     : [value] "=r"(value)                                          \
+#define CTX(field)                                                                                            \
+	({                                                                                                    \
+		__u64 value;                                                                                  \
+		asm volatile("%[value] = *(u32 *)(%[ctx] + %[offset])"                                        \
+			     : [value] "=r"(value)                                                            \
 			     : [ctx] "r"(ctx), [offset] "i"(__builtin_offsetof(struct bpf_sock_ops, field))); \
-		(__be32) value;                                                             \
+		(__be32) value;                                                                               \
 	})
 
 /* remote and local fill one end in v4-mapped form; false: not an IP socket. */
@@ -421,6 +444,10 @@ static __always_inline void begin(struct bpf_sock_ops *ctx)
 		count(EVENT_ERR_PENDING);
 		return;
 	}
+#ifdef LATCHKEY_PROOF
+	if (!PROTECTED(NONCE))
+		bpf_map_update_elem(&proof_nonces, &p.peers, &nonce, BPF_ANY);
+#endif
 	c->nonce = nonce;
 	/* cb_flags_set replaces what is there, and what is there may be another
 	 * program's. */
@@ -502,6 +529,7 @@ static __always_inline void arrive(struct bpf_sock_ops *ctx)
 	struct handshake *p;
 	struct evidence ev;
 	struct evidence *slot;
+	struct sock *full;
 	__u64 nonce;
 	int ret;
 
@@ -511,9 +539,30 @@ static __always_inline void arrive(struct bpf_sock_ops *ctx)
 		return;
 	if (!agent_address6(at.server[0], at.server[1], at.server[2], at.server[3]))
 		return;
+	/* A pod can have a network namespace in which the agent's address is its
+	 * own, and listen there. Evidence is for the agent's listener: else a
+	 * nonce seen on the wire could be used up there, and its owner would come
+	 * without. */
+	full = (struct sock *)bpf_skc_to_tcp_sock(sk);
+	if (!full) {
+		count(EVENT_ERR_NO_TCP_SOCK);
+		return;
+	}
+	if (PROTECTED(AGENT_NETNS) && full->__sk_common.skc_net.net->ns.inum != agent_netns)
+		return;
 	at.client_port = bpf_ntohl(ctx->remote_port);
 	at.server_port = ctx->local_port;
 
+#ifdef LATCHKEY_PROOF
+	if (!PROTECTED(NONCE)) {
+		__u64 *known = bpf_map_lookup_elem(&proof_nonces, &at);
+
+		if (known) {
+			nonce = *known;
+			goto found;
+		}
+	}
+#endif
 	/* Flags 0: from the segment being received, not from a saved SYN, which
 	 * does not exist under SYN cookies. */
 	ret = bpf_load_hdr_opt(ctx, &opt, sizeof(opt), 0);
@@ -522,6 +571,9 @@ static __always_inline void arrive(struct bpf_sock_ops *ctx)
 		return;
 	}
 	__builtin_memcpy(&nonce, opt.nonce, sizeof(nonce));
+#ifdef LATCHKEY_PROOF
+found:
+#endif
 	p = bpf_map_lookup_elem(&pending, &nonce);
 	if (!p) {
 		count(EVENT_NONCE_UNKNOWN);
@@ -529,13 +581,13 @@ static __always_inline void arrive(struct bpf_sock_ops *ctx)
 	}
 	/* A nonce seen on the wire and sent again from elsewhere. The entry
 	 * stays: its owner's handshake may still be on its way. */
-	if (!same_peers(&p->peers, &at)) {
+	if (PROTECTED(PEER_TUPLE) && !same_peers(&p->peers, &at)) {
 		count(EVENT_PEER_MISMATCH);
 		return;
 	}
 	ev = p->ev;
 	/* Consumed once: of two CPUs that found it, one deletes it. */
-	if (bpf_map_delete_elem(&pending, &nonce)) {
+	if (PROTECTED(CONSUME_ONCE) && bpf_map_delete_elem(&pending, &nonce)) {
 		count(EVENT_NONCE_RACE);
 		return;
 	}

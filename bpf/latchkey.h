@@ -134,6 +134,22 @@ struct option {
 	__u8 nonce[8];
 };
 
+/*
+ * PROTECTED(P) is constant in the object that ships: the compiler removes it and
+ * the branch. An object for tests, compiled with -DLATCHKEY_PROOF, can have one
+ * protection turned off, so that a test can show that its attack succeeds then.
+ */
+#ifdef LATCHKEY_PROOF
+#define PROOF_NONCE 1	     /* who comes from the right addresses needs no nonce */
+#define PROOF_PEER_TUPLE 2   /* a nonce is good from anywhere */
+#define PROOF_CONSUME_ONCE 4 /* ... and any number of times */
+#define PROOF_POD_BOUND 8    /* all pods share one ring */
+#define PROOF_AGENT_NETNS 16 /* any listener takes evidence */
+#define PROTECTED(P) (!(proof_off & PROOF_##P))
+#else
+#define PROTECTED(P) true
+#endif
+
 /* The parts of kernel structures that are read, relocated at load. */
 struct kernfs_node {
 	__u64 id;
@@ -182,22 +198,22 @@ static __always_inline __u64 rotl64(__u64 x, int b)
 	return (x << b) | (x >> (64 - b));
 }
 
-#define SIPROUND                        \
-	do {                            \
-		v0 += v1;               \
-		v1 = rotl64(v1, 13);    \
-		v1 ^= v0;               \
-		v0 = rotl64(v0, 32);    \
-		v2 += v3;               \
-		v3 = rotl64(v3, 16);    \
-		v3 ^= v2;               \
-		v0 += v3;               \
-		v3 = rotl64(v3, 21);    \
-		v3 ^= v0;               \
-		v2 += v1;               \
-		v1 = rotl64(v1, 17);    \
-		v1 ^= v2;               \
-		v2 = rotl64(v2, 32);    \
+#define SIPROUND                     \
+	do {                         \
+		v0 += v1;            \
+		v1 = rotl64(v1, 13); \
+		v1 ^= v0;            \
+		v0 = rotl64(v0, 32); \
+		v2 += v3;            \
+		v3 = rotl64(v3, 16); \
+		v3 ^= v2;            \
+		v0 += v3;            \
+		v3 = rotl64(v3, 21); \
+		v3 ^= v0;            \
+		v2 += v1;            \
+		v1 = rotl64(v1, 17); \
+		v1 ^= v2;            \
+		v2 = rotl64(v2, 32); \
 	} while (0)
 
 /*

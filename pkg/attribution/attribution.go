@@ -71,6 +71,11 @@ type Config struct {
 	Ports     []uint16
 	// Kubepods is the id of the node's kubepods cgroup, for the bound per pod.
 	Kubepods evidence.CgroupID
+	// Netns is the network namespace that the agent listens in, which somebody
+	// must hold as long as the programs are attached. A listener elsewhere, on
+	// an address that only looks like the agent's, takes no evidence. Zero: the
+	// calling process's.
+	Netns evidence.NetnsInode
 	// Logger may be nil.
 	Logger *slog.Logger
 }
@@ -134,7 +139,7 @@ func Open(cfg Config) (_ *Attribution, err error) {
 	}
 
 	a := &Attribution{log: log}
-	a.status.Fallbacks = fallbacks()
+	a.status.Fallbacks = append(fallbacks(), proofNotice()...)
 	// Owned until handed over at the end.
 	var owned []interface{ Close() error }
 	defer func() {
@@ -227,6 +232,13 @@ func Open(cfg Config) (_ *Attribution, err error) {
 	a.inflight = coll.Maps[bpf.AttributionMapInflight]
 	a.qos = coll.Maps[bpf.AttributionMapQos]
 	a.pending = coll.Maps[bpf.AttributionMapPending]
+	if opts.MapReplacements[bpf.AttributionMapInflight] != nil {
+		if n, err := a.freeEndedRings(cfg.CgroupPath); err != nil {
+			log.Warn("rings of pods that ended while no agent ran may stay", "error", err)
+		} else if n > 0 {
+			log.Info("freed the rings of pods that ended while no agent ran", "rings", n)
+		}
+	}
 	a.closers = owned
 	return a, nil
 }
@@ -304,6 +316,49 @@ func (a *Attribution) PodEnded(id evidence.CgroupID) error {
 	}
 	return nil
 }
+
+// freeEndedRings frees what PodEnded could not while no agent ran. The map holds
+// a ring per cgroup; on a node whose agent restarts often enough it would fill
+// with those of pods long gone, and new pods would get none.
+func (a *Attribution) freeEndedRings(mount string) (int, error) {
+	fd, err := unix.Open(mount, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return 0, fmt.Errorf("open the cgroup tree: %w", err)
+	}
+	defer unix.Close(fd)
+	var ended []uint64
+	var id uint64
+	var ring bpf.AttributionRing
+	it := a.inflight.Iterate()
+	for it.Next(&id, &ring) {
+		var handle [8]byte
+		binary.NativeEndian.PutUint64(handle[:], id)
+		cgroup, err := unix.OpenByHandleAt(fd, unix.NewFileHandle(fileidKernfs, handle[:]), unix.O_PATH|unix.O_CLOEXEC)
+		switch {
+		case err == nil:
+			_ = unix.Close(cgroup)
+		case errors.Is(err, unix.ESTALE):
+			// Ids are not reused, so it is gone for good.
+			ended = append(ended, id)
+		case id != 0: // 0: what has no cgroup of its own
+			return 0, fmt.Errorf("look for cgroup %d: %w", id, err)
+		}
+	}
+	// A ring that appears meanwhile is a living pod's.
+	if err := it.Err(); err != nil && !errors.Is(err, ebpf.ErrIterationAborted) {
+		return 0, fmt.Errorf("walk the rings: %w", err)
+	}
+	for _, id := range ended {
+		if err := a.PodEnded(evidence.CgroupID(id)); err != nil {
+			return 0, err
+		}
+	}
+	return len(ended), nil
+}
+
+// fileidKernfs is FILEID_KERNFS of the kernel's exportfs.h: the type of a file
+// handle that is a kernfs node's id.
+const fileidKernfs = 0xfe
 
 // Event is a counter of the programs.
 type Event struct {
@@ -416,6 +471,14 @@ func configure(spec *ebpf.CollectionSpec, cfg *Config) error {
 	if n4+n6 == 0 {
 		return fmt.Errorf("%w: no address", ErrConfig)
 	}
+	netns := cfg.Netns
+	if netns == 0 {
+		var own unix.Stat_t
+		if err := unix.Stat("/proc/self/ns/net", &own); err != nil {
+			return fmt.Errorf("find the own network namespace: %w", err)
+		}
+		netns = evidence.NetnsInode(own.Ino)
+	}
 	for name, value := range map[string]any{
 		bpf.AttributionVarPorts:         ports,
 		bpf.AttributionVarPortCount:     uint32(len(cfg.Ports)),
@@ -424,6 +487,7 @@ func configure(spec *ebpf.CollectionSpec, cfg *Config) error {
 		bpf.AttributionVarAddresses6:    v6,
 		bpf.AttributionVarAddress6Count: n6,
 		bpf.AttributionVarKubepodsId:    uint64(cfg.Kubepods),
+		bpf.AttributionVarAgentNetns:    uint32(netns),
 	} {
 		v := spec.Variables[name]
 		if v == nil {
@@ -433,7 +497,7 @@ func configure(spec *ebpf.CollectionSpec, cfg *Config) error {
 			return fmt.Errorf("set %s: %w", name, err)
 		}
 	}
-	return nil
+	return configureProof(spec)
 }
 
 // ensureKey gives the nonces their key. A pinned map keeps the key it has: the

@@ -126,6 +126,7 @@ func newBed(t testing.TB) *bed {
 		Addresses:  []netip.Addr{addr4, addr6},
 		Ports:      []uint16{port},
 		Kubepods:   cgroupID(t, node.KubepodsRoot()),
+		Netns:      node.Netns().Inode(),
 	}
 	must(t, node.Do(func() error {
 		lo, err := netlink.LinkByName("lo")
@@ -458,6 +459,64 @@ func TestPrivilegedRestartWithPinnedPrograms(t *testing.T) {
 	b.open()
 	if _, ok := b.dial(proc, dest4()); ok {
 		t.Error("evidence on a port that is no longer the agent's")
+	}
+}
+
+// Rings of pods that end while no agent runs are freed by the next one, and
+// nobody else's.
+func TestPrivilegedRestartFreesRingsOfEndedPods(t *testing.T) {
+	b := ready(t)
+	stays, ends := b.pod("stays", testnode.PodConfig{}), b.pod("ends", testnode.PodConfig{})
+	for _, p := range []*testnode.Pod{stays, ends} {
+		if _, ok := b.dial(b.spawn(p.Place()), dest4()); !ok {
+			t.Fatal("no evidence")
+		}
+	}
+	kept := uint64(cgroupID(t, stays.CgroupDir()))
+	must(t, b.a.Close())
+	must(t, ends.Delete(t.Context()))
+	b.open()
+	rings := map[uint64]bool{}
+	var id uint64
+	var ring bpf.AttributionRing
+	it := b.a.inflight.Iterate()
+	for it.Next(&id, &ring) {
+		rings[id] = true
+	}
+	must(t, it.Err())
+	if len(rings) != 1 || !rings[kept] {
+		t.Errorf("rings of %v after the restart, want that of %d", rings, kept)
+	}
+}
+
+// A listener in a network namespace of its own, on what is the agent's address
+// there, gets connections but no evidence.
+func TestPrivilegedListenerInAnotherNetnsTakesNoEvidence(t *testing.T) {
+	b := ready(t)
+	pod := b.pod("own", testnode.PodConfig{})
+	var l net.Listener
+	must(t, pod.Netns().Do(func() error {
+		lo, err := netlink.LinkByName("lo")
+		if err != nil {
+			return err
+		}
+		if err := netlink.AddrAdd(lo, &netlink.Addr{IPNet: &net.IPNet{IP: addr4.AsSlice(), Mask: net.CIDRMask(32, 32)}}); err != nil {
+			return err
+		}
+		lc := net.ListenConfig{}
+		lc.SetMultipathTCP(false)
+		l, err = lc.Listen(t.Context(), "tcp4", dest4())
+		return err
+	}))
+	defer l.Close()
+	c, err := b.spawn(pod.Place()).DialContext(t.Context(), "tcp4", dest4())
+	must(t, err)
+	defer c.Close()
+	if ev, ok := b.accept(l); ok {
+		t.Errorf("the pod's own listener got %+v", ev)
+	}
+	if n := b.events()["attested"]; n != 0 {
+		t.Errorf("%d attested, want none", n)
 	}
 }
 

@@ -225,9 +225,26 @@ func (r Root) split(path string) (l level, dir string, ok bool) {
 		if len(path) < first+2 {
 			return level{}, "", false // the QoS directory itself
 		}
+		if proofOff("outermost_pod") {
+			return l, innermost(path, nextPart(path, first+1), l.pod), true
+		}
 		return l, path[:nextPart(path, first+1)], true
 	}
 	return r.levels[0], path[:first], true
+}
+
+// innermost is what must not be believed: the deepest directory from end on that
+// is named like a pod's. For proof builds.
+func innermost(path string, end int, pod string) string {
+	dir := path[:end]
+	for end < len(path) {
+		next := nextPart(path, end+1)
+		if strings.HasPrefix(path[end+1:next], pod) {
+			dir = path[:next]
+		}
+		end = next
+	}
+	return dir
 }
 
 // nextPart returns where the component that starts at i ends.

@@ -95,7 +95,7 @@ type Pod struct {
 // Ended says whether the pod's cgroup is gone. It costs one atomic load, never
 // goes back to false, and turns true within 100 ms of the removal while
 // Index.Run runs.
-func (p *Pod) Ended() bool { return p.ended.Load() }
+func (p *Pod) Ended() bool { return p.ended.Load() && !proofOff("pod_liveness") }
 
 // Info is a Pod at one moment, for the admin socket.
 type Info struct {
@@ -403,7 +403,7 @@ func (x *Index) Attest(conn evidence.Connection, ok bool) (evidence.Attestation,
 	att := evidence.Attestation{Connection: conn}
 	task, taskErr := x.Resolve(conn.TaskCgroup)
 	sock, sockErr := task, taskErr
-	if conn.SocketCgroup != conn.TaskCgroup {
+	if conn.SocketCgroup != conn.TaskCgroup && !proofOff("second_cgroup") {
 		sock, sockErr = x.Resolve(conn.SocketCgroup)
 	}
 	for _, err := range [...]error{taskErr, sockErr} {
@@ -428,7 +428,11 @@ func (x *Index) Attest(conn evidence.Connection, ok bool) (evidence.Attestation,
 		att.Finding, att.Reason = evidence.FindingContradictory, evidence.ReasonTwoPods
 		return att, nil
 	}
-	switch x.CheckNetns(task, conn.NetnsCookie, conn.NetnsInode) {
+	netns := x.CheckNetns(task, conn.NetnsCookie, conn.NetnsInode)
+	if proofOff("netns") {
+		netns = NetnsOwn
+	}
+	switch netns {
 	case NetnsOwn:
 	case NetnsUnknown:
 		att.UnknownNetns = true
