@@ -39,7 +39,7 @@ func listenAdmin(ctx context.Context, socket string) (net.Listener, error) {
 		}
 		if c, err := (&net.Dialer{}).DialContext(ctx, "unix", socket); err == nil {
 			c.Close()
-			return nil, fmt.Errorf("admin socket: another agent listens on %s", socket)
+			return nil, fmt.Errorf("%w, and listens on %s", ErrAnotherAgent, socket)
 		}
 		if err := os.Remove(socket); err != nil {
 			return nil, fmt.Errorf("admin socket: %w", err)

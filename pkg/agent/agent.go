@@ -58,7 +58,7 @@ type Agent struct {
 // Run answers pods until ctx ends, then stops gracefully and returns nil. It
 // returns an error if the agent cannot start: a setting that makes no sense
 // (ErrConfig), a node that cannot attest (ErrCannotAttest), an address that
-// somebody else holds (ErrAddressInUse).
+// somebody else holds (ErrAddressInUse), another agent (ErrAnotherAgent).
 func Run(ctx context.Context, cfg Config) error {
 	warnings, err := cfg.check()
 	if err != nil {
@@ -67,6 +67,24 @@ func Run(ctx context.Context, cfg Config) error {
 	for _, w := range warnings {
 		cfg.Logger.Warn(string(w))
 	}
+	// Alone, before anything on the node is changed: an agent that is refused
+	// leaves the one that runs as it was.
+	release, err := claimPins(cfg.PinPath)
+	if err != nil {
+		return err
+	}
+	defer release()
+	if err := addressesFree(cfg.BindHosts, cfg.Port); err != nil {
+		return err
+	}
+	var admin net.Listener
+	if cfg.AdminSocket != "" {
+		if admin, err = listenAdmin(ctx, cfg.AdminSocket); err != nil {
+			return err
+		}
+		defer admin.Close()
+	}
+
 	a := &Agent{cfg: cfg, log: cfg.Logger, started: time.Now()}
 	a.ready.a = a
 	a.metrics = newMetrics(cfg.Version, cfg.Policy.Default.String())
@@ -192,13 +210,9 @@ func Run(ctx context.Context, cfg Config) error {
 			keepServing(side, a.log, "metrics", net.JoinHostPort(cfg.MetricsAddress, port(cfg.MetricsPort)), a.metricsHandler())
 		})
 	}
-	if cfg.AdminSocket != "" {
-		ln, err := listenAdmin(ctx, cfg.AdminSocket)
-		if err != nil {
-			return err
-		}
+	if admin != nil {
 		wg.Go(func() {
-			if err := serveHTTP(side, ln, a.adminHandler()); err != nil {
+			if err := serveHTTP(side, admin, a.adminHandler()); err != nil {
 				a.log.Error("admin socket ended", "error", err)
 			}
 		})
@@ -358,6 +372,15 @@ func Cleanup(ctx context.Context, cfg CleanupConfig) ([]string, error) {
 		removed = append(removed, r...)
 		errs = append(errs, err)
 	}
+	// An agent that runs would lose its evidence and put its addresses back.
+	release, err := lockPins(cfg.PinPath)
+	if err != nil {
+		return nil, err
+	}
+	defer release()
+	if err := socketUnused(cfg.AdminSocket); err != nil {
+		return nil, err
+	}
 	if cfg.PinPath != "" {
 		note(cleanupPins(cfg.PinPath))
 	}
@@ -371,8 +394,6 @@ func Cleanup(ctx context.Context, cfg CleanupConfig) ([]string, error) {
 	note(cleanupFiles(cfg.StateDir, cfg.AdminSocket))
 	return removed, errors.Join(errs...)
 }
-
-var errSocketInUse = errors.New("an agent still runs: stop it first")
 
 func removeIfThere(path string) ([]string, error) {
 	err := os.Remove(path)

@@ -20,6 +20,18 @@ func cleanupPins(path string) ([]string, error) {
 	return removed, nil
 }
 
+// socketUnused: nobody listens on the admin socket.
+func socketUnused(socket string) error {
+	if socket == "" {
+		return nil
+	}
+	if c, err := net.Dial("unix", socket); err == nil {
+		c.Close()
+		return fmt.Errorf("%w, and listens on %s: stop it first", ErrAnotherAgent, socket)
+	}
+	return nil
+}
+
 // cleanupFiles removes the key cache and the admin socket, and their
 // directories if nothing else is in them.
 func cleanupFiles(stateDir, socket string) ([]string, error) {
@@ -30,10 +42,6 @@ func cleanupFiles(stateDir, socket string) ([]string, error) {
 		errs = append(errs, err)
 	}
 	if socket != "" {
-		if c, err := net.Dial("unix", socket); err == nil {
-			c.Close()
-			return nil, fmt.Errorf("%s: %w", socket, errSocketInUse)
-		}
 		note(removeIfThere(socket))
 		_ = os.Remove(filepath.Dir(socket)) // stays if not empty
 	}

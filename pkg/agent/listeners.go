@@ -5,7 +5,6 @@ package agent
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -73,7 +72,7 @@ func (l *listeners) open(ctx context.Context) error {
 			l.log.Info("serving credentials", "address", at.String())
 			l.wg.Go(func() { l.serve(at, ln) })
 		case errors.Is(err, unix.EADDRINUSE):
-			inUse = append(inUse, fmt.Errorf("%w: another process listens on %s, such as the EKS Pod Identity Agent or an ingress on every address of the host; stop it, or choose another --bind-hosts: %w", ErrAddressInUse, at, err))
+			inUse = append(inUse, addressInUse(at))
 		case changed:
 			l.log.Warn("cannot serve credentials on this address; trying again", "address", at.String(), "error", err)
 		}
