@@ -11,6 +11,7 @@ import (
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/features"
+	"golang.org/x/sys/unix"
 )
 
 // Feature is one thing that attribution needs of the kernel.
@@ -43,6 +44,7 @@ func Features() []Feature {
 		helper(ebpf.CGroupSockAddr, asm.FnGetCurrentAncestorCgroupId, "5.7"),
 		helper(ebpf.CGroupSockAddr, asm.FnSkcToTcpSock, "5.10"),
 		helper(ebpf.SockOps, asm.FnSkStorageGet, "5.2"),
+		helper(ebpf.SockOps, asm.FnSkcToTcpSock, "5.10"),
 		helper(ebpf.SockOps, asm.FnReserveHdrOpt, "5.10"),
 		helper(ebpf.SockOps, asm.FnStoreHdrOpt, "5.10"),
 		helper(ebpf.SockOps, asm.FnLoadHdrOpt, "5.10"),
@@ -77,21 +79,56 @@ func Probe() error {
 	return nil
 }
 
-// fallbacks names what is done differently on this kernel.
+// fallbacks names what is done differently on this kernel. Each text ends with
+// the kernel that no longer needs it, which a test holds it to.
 func fallbacks() []string {
 	var out []string
-	spec, err := btf.LoadKernelSpec()
-	if err != nil {
-		return nil
+	if socketCgroupInUnion() {
+		out = append(out, "socket's cgroup read from sock_cgroup_data.val, unknown while cgroup v1 net_cls or net_prio is in use (before Linux 5.15)")
 	}
-	var data *btf.Struct
-	if err := spec.TypeByName("sock_cgroup_data", &data); err == nil {
-		for _, m := range data.Members {
-			if m.Name == "cgroup" {
-				return out
-			}
-		}
-		out = append(out, "socket cgroup read from sock_cgroup_data.val (before Linux 5.15); unknown while cgroup v1 net_cls or net_prio is in use")
+	if mapsAreLockedMemory() {
+		out = append(out, "maps are charged to RLIMIT_MEMLOCK, which was raised (before Linux 5.11)")
+	}
+	if noNetnsCookie() {
+		out = append(out, "network namespaces told apart by inode, as SO_NETNS_COOKIE is missing (before Linux 5.14)")
 	}
 	return out
+}
+
+// socketCgroupInUnion: the programs (socket_cgroup) take the other branch.
+func socketCgroupInUnion() bool {
+	spec, err := btf.LoadKernelSpec()
+	if err != nil {
+		return false
+	}
+	var data *btf.Struct
+	if err := spec.TypeByName("sock_cgroup_data", &data); err != nil {
+		return false
+	}
+	for _, m := range data.Members {
+		if m.Name == "cgroup" {
+			return false
+		}
+	}
+	return true
+}
+
+// mapsAreLockedMemory: Open has raised the limit. How maps are charged cannot be
+// asked for without lowering the limit of the whole process for a moment, and
+// whether the limit was raised by Open or by whoever started the agent cannot be
+// told afterwards; the helper came with the change.
+func mapsAreLockedMemory() bool {
+	return errors.Is(features.HaveProgramHelper(ebpf.SocketFilter, asm.FnKtimeGetCoarseNs), ebpf.ErrNotSupported)
+}
+
+// noNetnsCookie: package pods goes by inode. The programs do have the cookie,
+// from an older helper, but nobody can tell whose it is.
+func noNetnsCookie() bool {
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(fd)
+	_, err = unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
+	return errors.Is(err, unix.ENOPROTOOPT)
 }
