@@ -40,6 +40,15 @@ func judgeFallback(running, text string) error {
 	return nil
 }
 
+func TestKnownFallbacksAreOfKernelsThatAreTested(t *testing.T) {
+	for _, f := range knownFallbacks {
+		// The oldest of the matrix uses them all, so that each is tested.
+		if err := judgeFallback("5.10", f.contains+" (before Linux "+f.before+")"); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 func TestJudgeProbe(t *testing.T) {
 	for _, tc := range []struct {
 		running, since string

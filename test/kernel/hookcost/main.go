@@ -7,10 +7,12 @@
 // Two things are measured, each for IPv4 and IPv6, to another port and to the
 // agent's port at another address:
 //
-//   - connect+accept+close over loopback, both ends below the cgroup that the
-//     programs are attached at, by one thread: with no programs, with empty
-//     ones, and with Latchkey's, taking turns within one run. Loopback is the
-//     cheapest connection there is, so the share is the largest;
+//   - connect+accept+close, both ends below the cgroup that the programs are
+//     attached at, by one thread: with no programs, with empty ones, and with
+//     Latchkey's, taking turns within one run. Over loopback, which is the
+//     cheapest connection there is, so that the share is the largest; and from a
+//     pod's network namespace through its veth pair and the bridge, as pods
+//     connect;
 //   - the run time of each program per call, from the kernel's own statistics,
 //     less that of an empty program of the same type attached beside it: the
 //     statistics cost more than the programs.
@@ -21,6 +23,7 @@ package main
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"flag"
 	"fmt"
@@ -99,13 +102,19 @@ type scenario struct {
 	name string
 	v6   bool
 	port int
+	// veth: from the pod, else over loopback.
+	veth bool
 }
 
-var scenarios = []scenario{
-	{"IPv4, another port", false, otherPort},
-	{"IPv4, port 80 of another address", false, agentPort},
-	{"IPv6, another port", true, otherPort},
-	{"IPv6, port 80 of another address", true, agentPort},
+func scenarios() []scenario {
+	return []scenario{
+		{"loopback, IPv4, another port", false, otherPort, false},
+		{"loopback, IPv4, port 80 of another address", false, agentPort, false},
+		{"loopback, IPv6, another port", true, otherPort, false},
+		{"loopback, IPv6, port 80 of another address", true, agentPort, false},
+		{"from a pod, IPv4, another port", false, otherPort, true},
+		{"from a pod, IPv6, another port", true, otherPort, true},
+	}
 }
 
 func run(cfg config) (_ string, err error) {
@@ -113,11 +122,19 @@ func run(cfg config) (_ string, err error) {
 		return "", errors.New("fewer than 5 rounds of 10 connections tell nothing")
 	}
 	ctx := context.Background()
-	node, err := testnode.New(ctx, testnode.Config{NoBridge: true})
+	machine, err := describe()
+	if err != nil {
+		return "", err
+	}
+	node, err := testnode.New(ctx, testnode.Config{})
 	if err != nil {
 		return "", err
 	}
 	defer func() { err = errors.Join(err, node.Leave(), node.Close()) }()
+	pod, err := node.AddPod(ctx, testnode.PodConfig{Name: "web"})
+	if err != nil {
+		return "", err
+	}
 	// The sockets' cgroup is that of their maker.
 	if err := node.Join(); err != nil {
 		return "", err
@@ -126,16 +143,42 @@ func run(cfg config) (_ string, err error) {
 	if err != nil {
 		return "", err
 	}
+	if err := node.Do(anyLocal); err != nil {
+		return "", fmt.Errorf("make destinations: %w", err)
+	}
 	b := &bench{cfg: cfg, cgroup: node.CgroupRoot(), hooks: hooks}
-	var text string
-	err = node.Do(func() (err error) {
-		if err := anyLocalIPv6(); err != nil {
-			return err
+	var results []result
+	for _, s := range scenarios() {
+		var srv *server
+		if err := node.Do(func() (err error) { srv, err = listen(s); return err }); err != nil {
+			return "", err
 		}
-		text, err = b.report()
-		return err
-	})
-	return text, err
+		from := node.Netns()
+		if s.veth {
+			from = pod.Netns()
+		}
+		r := result{scenario: s}
+		// A socket belongs to the network namespace of the thread that makes it.
+		err := from.Do(func() (err error) {
+			if r.total, err = b.totals(srv); err != nil {
+				return err
+			}
+			r.calls, err = b.perCalls(srv)
+			return err
+		})
+		if err = errors.Join(err, unix.Close(srv.fd)); err != nil {
+			return "", fmt.Errorf("%s: %w", s.name, err)
+		}
+		results = append(results, r)
+	}
+	return render(cfg, machine, hooks, results), nil
+}
+
+// result of one scenario.
+type result struct {
+	scenario
+	total total
+	calls map[string]*perCall
 }
 
 // load takes the programs as the agent loads them, from its pins, and detaches
@@ -178,18 +221,23 @@ func load(node *testnode.Node) (_ []hook, err error) {
 	return hooks, nil
 }
 
-// anyLocalIPv6 makes a whole prefix local, as 127.0.0.0/8 is: closed connections
+// anyLocal makes whole prefixes local, as 127.0.0.0/8 is: closed connections
 // keep their ports for a minute, and there must be more destinations than one.
-func anyLocalIPv6() error {
+func anyLocal() error {
 	lo, err := netlink.LinkByName("lo")
 	if err != nil {
 		return err
 	}
-	_, prefix, err := net.ParseCIDR("fd00:10c::/64")
-	if err != nil {
-		return err
+	for _, cidr := range []string{"10.89.0.0/16", "fd00:10c::/64"} {
+		_, prefix, err := net.ParseCIDR(cidr)
+		if err != nil {
+			return err
+		}
+		if err := netlink.RouteAdd(&netlink.Route{LinkIndex: lo.Attrs().Index, Dst: prefix, Scope: unix.RT_SCOPE_HOST, Type: unix.RTN_LOCAL, Table: unix.RT_TABLE_LOCAL}); err != nil {
+			return err
+		}
 	}
-	return netlink.RouteAdd(&netlink.Route{LinkIndex: lo.Attrs().Index, Dst: prefix, Type: unix.RTN_LOCAL, Table: unix.RT_TABLE_LOCAL})
+	return nil
 }
 
 type bench struct {
@@ -266,21 +314,25 @@ func listen(s scenario) (*server, error) {
 	return &server{s, fd}, nil
 }
 
-// destination is another one for each turn.
-func (s *server) destination(turn uint32) ([]byte, uintptr) {
-	if !s.v6 {
-		// 127.0.0.2 to 127.0.15.255.
-		host := 2 + turn%4000
-		sa := unix.RawSockaddrInet4{Family: unix.AF_INET, Addr: [4]byte{127, 0, byte(host >> 8), byte(host)}}
-		port := (*[2]byte)(unsafe.Pointer(&sa.Port))
-		port[0], port[1] = byte(s.port>>8), byte(s.port)
-		return unsafe.Slice((*byte)(unsafe.Pointer(&sa)), unsafe.Sizeof(sa)), unsafe.Sizeof(sa)
+// destination is another one for each turn, as the kernel reads it.
+func (s *server) destination(turn uint32) []byte {
+	host := 2 + turn%4000
+	if s.v6 {
+		sa := make([]byte, unix.SizeofSockaddrInet6)
+		binary.NativeEndian.PutUint16(sa, unix.AF_INET6)
+		binary.BigEndian.PutUint16(sa[2:], uint16(s.port))
+		copy(sa[8:], []byte{0xfd, 0x00, 0x01, 0x0c}) // fd00:10c::
+		binary.BigEndian.PutUint32(sa[20:], host)
+		return sa
 	}
-	sa := unix.RawSockaddrInet6{Family: unix.AF_INET6, Addr: [16]byte{0: 0xfd, 3: 0x00, 2: 0x01, 14: byte(turn >> 8), 15: byte(turn)}}
-	sa.Addr[3] = 0x0c
-	port := (*[2]byte)(unsafe.Pointer(&sa.Port))
-	port[0], port[1] = byte(s.port>>8), byte(s.port)
-	return unsafe.Slice((*byte)(unsafe.Pointer(&sa)), unsafe.Sizeof(sa)), unsafe.Sizeof(sa)
+	sa := make([]byte, unix.SizeofSockaddrInet4)
+	binary.NativeEndian.PutUint16(sa, unix.AF_INET)
+	binary.BigEndian.PutUint16(sa[2:], uint16(s.port))
+	binary.BigEndian.PutUint32(sa[4:], 127<<24+host)
+	if s.veth {
+		binary.BigEndian.PutUint32(sa[4:], 10<<24+89<<16+host)
+	}
+	return sa
 }
 
 // connections opens and closes n connections, one after the other, with system
@@ -288,19 +340,18 @@ func (s *server) destination(turn uint32) ([]byte, uintptr) {
 // the time per connection.
 func (b *bench) connections(s *server, n int) (time.Duration, error) {
 	b.turn++
-	sa, size := s.destination(b.turn)
+	sa := s.destination(b.turn)
 	family := uintptr(unix.AF_INET)
 	if s.v6 {
 		family = unix.AF_INET6
 	}
-	at := uintptr(unsafe.Pointer(&sa[0]))
 	start := time.Now()
 	for range n {
 		c, _, e := unix.RawSyscall(unix.SYS_SOCKET, family, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 		if e != 0 {
 			return 0, fmt.Errorf("socket: %w", e)
 		}
-		if _, _, e := unix.RawSyscall(unix.SYS_CONNECT, c, at, size); e != 0 {
+		if _, _, e := unix.RawSyscall(unix.SYS_CONNECT, c, uintptr(unsafe.Pointer(&sa[0])), uintptr(len(sa))); e != 0 {
 			unix.Close(int(c))
 			return 0, fmt.Errorf("connect: %w", e)
 		}
@@ -312,12 +363,7 @@ func (b *bench) connections(s *server, n int) (time.Duration, error) {
 		unix.RawSyscall(unix.SYS_CLOSE, c, 0, 0)
 		unix.RawSyscall(unix.SYS_CLOSE, a, 0, 0)
 	}
-	d := time.Since(start) / time.Duration(n)
-	// The address must outlive its use as a number.
-	if sa[0] == 0 && sa[1] == 0 {
-		return 0, errors.New("no address family")
-	}
-	return d, nil
+	return time.Since(start) / time.Duration(n), nil
 }
 
 // total is what a connection costs in each mode, by round.
@@ -450,36 +496,21 @@ func (b *bench) stats() ([]hookRuns, error) {
 	return out, nil
 }
 
-func (b *bench) report() (string, error) {
+func render(cfg config, machine string, hooks []hook, results []result) string {
 	var t, c strings.Builder
-	for _, s := range scenarios {
-		srv, err := listen(s)
-		if err != nil {
-			return "", err
-		}
-		total, err := b.totals(srv)
-		var calls map[string]*perCall
-		if err == nil {
-			calls, err = b.perCalls(srv)
-		}
-		if err = errors.Join(err, unix.Close(srv.fd)); err != nil {
-			return "", fmt.Errorf("%s: %w", s.name, err)
-		}
-		t.WriteString(total.row(s.name))
-		for _, h := range b.hooks {
-			if p := calls[h.name]; p != nil {
-				c.WriteString(p.row(s.name, h.name))
+	for i := range results {
+		r := &results[i]
+		t.WriteString(r.total.row(r.name))
+		for _, h := range hooks {
+			if p := r.calls[h.name]; p != nil {
+				c.WriteString(p.row(r.name, h.name))
 			}
 		}
-	}
-	machine, err := describe()
-	if err != nil {
-		return "", err
 	}
 	return fmt.Sprintf(`%s; medians of %d rounds of %d connections, the ways taking turns in one run. In brackets: the middle half of the
 rounds for times, the 95 %% interval of the median for differences.
 
-connect+accept+close over loopback, one thread, both ends below the programs' cgroup (target: at most 2 %%):
+connect+accept+close by one thread, both ends below the cgroup that the programs are attached at (target: at most 2 %%):
 
 | connection | no programs, ns | empty programs, ns more | Latchkey's, ns more | share |
 | --- | --: | --: | --: | --: |
@@ -489,7 +520,7 @@ One call of a program that does not match, by the kernel's statistics, less an e
 
 | connection | program | calls per connection | with the statistics' own cost, ns | empty program, ns | program, ns |
 | --- | --- | --: | --: | --: | --: |
-%s`, machine, b.cfg.rounds, b.cfg.batch, t.String(), c.String()), nil
+%s`, machine, cfg.rounds, cfg.batch, t.String(), c.String())
 }
 
 func (t *total) row(name string) string {
