@@ -48,7 +48,10 @@ try {
   result.expires = credentials.expiration?.toISOString();
   result.source = provider.source;
 } catch (error) {
-  result.error = redact(`${error.name}: ${error.message}`);
+  // As Node prints an error that nobody catches: its own properties too. The
+  // HTTP provider puts the server's Code and Message there.
+  const own = Object.entries(error).filter(([, value]) => typeof value === "string").map(([name, value]) => `${name}: ${value}`);
+  result.error = redact([`${error.name}: ${error.message}`, ...own].join("; "));
 }
 result.duration_ms = Math.round((performance.now() - start) * 1000) / 1000;
 // Synchronous, because process.exit does not wait for a pipe to drain; and
