@@ -63,6 +63,10 @@ func addDefaultRoute(link netlink.Link, gateway netip.Addr) error {
 func addBridge() error {
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name = bridgeName
+	// Its own, or the bridge takes that of one of its ports and changes it when
+	// the port goes: what pods send to the gateway is then lost until their
+	// neighbour entries end.
+	attrs.HardwareAddr = net.HardwareAddr{0x02, 0, 0, 0, 0, 0x01}
 	if err := netlink.LinkAdd(&netlink.Bridge{LinkAttrs: attrs}); err != nil {
 		return fmt.Errorf("adding bridge %s: %w", bridgeName, err)
 	}
