@@ -49,14 +49,10 @@ func realClients() []client {
 	}
 	return []client{
 		{name: "aws-sdk-go-v2", shows: func(_ int, text string) []string { return []string{text} }},
-		// credential-provider-http has Code and Message of 4xx only, and has
-		// them as properties beside its own message.
-		{name: "javascript-v3-http", program: js(clients.JSHTTP), shows: func(status int, text string) []string {
-			if status < 500 {
-				return []string{text}
-			}
-			return []string{fmt.Sprint(status)}
-		}},
+		// credential-provider-http reads Code and Message from JSON, but does not
+		// ask for JSON: it sends no Accept.
+		{name: "javascript-v3-http", program: js(clients.JSHTTP),
+			shows: func(status int, _ string) []string { return []string{fmt.Sprint("status: ", status)} }},
 		// fromContainerMetadata drops body and status, and gives up after 1 s.
 		{name: "javascript-v3-metadata", program: js(clients.JSMetadata), local: true,
 			shows: func(int, string) []string { return []string{"from instance metadata service"} }},

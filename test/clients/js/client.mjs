@@ -50,7 +50,7 @@ try {
 } catch (error) {
   // As Node prints an error that nobody catches: its own properties too. The
   // HTTP provider puts the server's Code and Message there.
-  const own = Object.entries(error).filter(([, value]) => typeof value === "string").map(([name, value]) => `${name}: ${value}`);
+  const own = Object.entries(error).filter(([name, value]) => name !== "name" && typeof value === "string").map(([name, value]) => `${name}: ${value}`);
   result.error = redact([`${error.name}: ${error.message}`, ...own].join("; "));
 }
 result.duration_ms = Math.round((performance.now() - start) * 1000) / 1000;
