@@ -147,9 +147,15 @@ func (x *Index) CheckNetns(p *Pod, cookie evidence.NetnsCookie, inode evidence.N
 	if inode == 0 {
 		return NetnsUnknown
 	}
-	x.mu.RLock()
-	other := x.byNetns[inode]
-	x.mu.RUnlock()
+	other := x.sandboxOwner(inode)
+	if other == nil && sb != nil && x.cfg.HostNetns != 0 {
+		// Nobody's, or that of a pod too young to be in the table: until then
+		// its namespace would be as good as one of this pod's own making. If
+		// even this pod's processes cannot be seen, others' cannot either; and
+		// where the host's is not known, it must not be taken for a pod's.
+		x.learnMissingSandboxes()
+		other = x.sandboxOwner(inode)
+	}
 	if other == nil || other == p || other.UID == p.UID {
 		return NetnsUnknown
 	}
@@ -229,6 +235,22 @@ func (x *Index) learnSandboxes(ctx context.Context) {
 			return
 		}
 		if !p.Ended() {
+			x.freshSandbox(p, nil)
+		}
+	}
+}
+
+func (x *Index) sandboxOwner(inode evidence.NetnsInode) *Pod {
+	x.mu.RLock()
+	defer x.mu.RUnlock()
+	return x.byNetns[inode]
+}
+
+// learnMissingSandboxes is learnSandboxes for the pods that have none in the
+// table. There are few: those that started since the last rescan.
+func (x *Index) learnMissingSandboxes() {
+	for _, p := range x.snapshot() {
+		if p.netns.sandbox.Load() == nil {
 			x.freshSandbox(p, nil)
 		}
 	}

@@ -97,6 +97,25 @@ func TestCheckNetns(t *testing.T) {
 	}
 }
 
+// A namespace is another pod's also before that pod has connected or a rescan has
+// found it: a pod that has just started is no blind spot.
+func TestNetnsOfPodThatHasJustStarted(t *testing.T) {
+	n := newNode(t)
+	if got := n.x.CheckNetns(n.a, 1022, 22); got != NetnsOtherPod {
+		t.Errorf("got %v, want %v", got, NetnsOtherPod)
+	}
+	// A pod that nobody can see into yet is not searched again at once.
+	walks := n.x.sandboxWalks.Load()
+	for range 3 {
+		if got := n.x.CheckNetns(n.a, 1099, 99); got != NetnsUnknown {
+			t.Errorf("got %v, want %v", got, NetnsUnknown)
+		}
+	}
+	if more := n.x.sandboxWalks.Load() - walks; more > 1 {
+		t.Errorf("%d searches for one unknown namespace, want at most one", more)
+	}
+}
+
 func podA(n *node) *Pod { return n.a }
 func podC(n *node) *Pod { return n.c }
 
