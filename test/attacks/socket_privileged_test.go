@@ -79,7 +79,7 @@ func TestAttackTakenSocket(t *testing.T) {
 }
 
 // A socket that is connected, disconnected and connected again: nothing of its
-// first life may remain. The victim connects it first, then the thief.
+// first life may remain.
 func TestAttackReconnectedSocket(t *testing.T) {
 	both(t, ServedAsTruePod, func(a *attack) {
 		thief := a.thiefs()
