@@ -288,6 +288,12 @@ func (a *Agent) keepAddresses(ctx context.Context, nudge chan<- struct{}) (*link
 	if err != nil {
 		return nil, fmt.Errorf("link-local addresses: %w", err)
 	}
+	for _, f := range []linklocal.Family{linklocal.IPv4, linklocal.IPv6} {
+		// A repair is done before anybody sees the address missing, so it is no
+		// change.
+		a.metrics.familyCounter("latchkey_link_local_repairs_total", "How often the family's address, its route or its link was gone and was put back.", f,
+			func() float64 { return float64(keeper.State().Repairs(f)) })
+	}
 	result, err := keeper.Ensure(ctx)
 	if ctx.Err() != nil {
 		keeper.Close()

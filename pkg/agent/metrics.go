@@ -120,6 +120,12 @@ func (m *metrics) gauge(name, help string, f func() float64) {
 	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, f))
 }
 
+// familyCounter is counterFunc for one address family.
+func (m *metrics) familyCounter(name, help string, family linklocal.Family, f func() float64) {
+	m.registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{
+		Name: name, Help: help, ConstLabels: prometheus.Labels{"family": family.String()}}, f))
+}
+
 // counterFunc is gauge for a value that only grows.
 func (m *metrics) counterFunc(name, help string, f func() float64) {
 	m.registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help}, f))
