@@ -175,6 +175,8 @@ func (w *world) startExactly(t *testing.T, args ...string) *rig.Agent {
 	a, err := w.StartAgentExactly(ctx, args...)
 	must(t, err)
 	w.agent = a
+	// A test that fails leaves nothing running to the next one on this node.
+	t.Cleanup(a.Kill)
 	return a
 }
 
