@@ -90,9 +90,16 @@ test-race: ## Unit tests with the race detector
 test-privileged: ## Tests on the real kernel (needs root, BTF and cgroup v2)
 	@scripts/stage test-privileged scripts/test-privileged $(filter-out ./...,$(PKG))
 
+.PHONY: attacks
+attacks: ## Every attack of the threat model, and that it succeeds without its protection
+	@scripts/stage attacks scripts/test-privileged ./test/attacks
+
 .PHONY: test-kernels
-test-kernels: ## The privileged tests of attribution on other kernels (boots them with qemu)
-	@scripts/stage test-kernels scripts/kernel-matrix
+test-kernels: ## Privileged tests and attacks on every kernel; KERNELS= chooses (boots them with qemu)
+	@scripts/stage test-kernels scripts/kernel-matrix $(KERNELS)
+
+.PHONY: ci-full
+ci-full: test attacks test-kernels fuzz bench ## All that there is: CI and what is too long for it
 
 .PHONY: lint
 lint: ## Formatting, vet, staticcheck, shellcheck and the rules of the repository
@@ -106,6 +113,10 @@ fmt: ## Format Go and C
 .PHONY: bench
 bench: ## Benchmarks of the packages PKG (BENCH chooses by regular expression)
 	@$(GO) test -run '^$$' -bench '$(BENCH)' -benchmem $(PKG)
+
+.PHONY: bench-node
+bench-node: setup ## Measure a whole node against nginx, and write docs/benchmarks.md (root, quiet machine)
+	@scripts/as-root $(GO) run ./bench
 
 .PHONY: fuzz
 fuzz: ## Run every fuzz target for FUZZTIME
