@@ -189,6 +189,9 @@ type fdIO int
 func (f fdIO) Read(p []byte) (int, error) {
 	for {
 		n, err := unix.Read(int(f), p)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
 		if errors.Is(err, unix.EAGAIN) {
 			// Another process that holds the socket may have made it non-blocking.
 			poll := []unix.PollFd{{Fd: int32(f), Events: unix.POLLIN}}
@@ -204,7 +207,24 @@ func (f fdIO) Read(p []byte) (int, error) {
 	}
 }
 
-func (f fdIO) Write(p []byte) (int, error) { n, err := unix.Write(int(f), p); return max(n, 0), err }
+func (f fdIO) Write(p []byte) (int, error) {
+	for {
+		n, err := unix.Write(int(f), p)
+		if !errors.Is(err, unix.EINTR) {
+			return max(n, 0), err
+		}
+	}
+}
+
+// connect goes on when a signal of the Go runtime interrupts it. The second call
+// waits for the first one's handshake.
+func connect(fd int, to unix.Sockaddr) error {
+	for {
+		if err := unix.Connect(fd, to); !errors.Is(err, unix.EINTR) {
+			return err
+		}
+	}
+}
 
 // netError turns what the network said into a catch; other errors stay.
 func netError(err error) (any, error) {
@@ -290,7 +310,7 @@ func ask(_ *testnode.Session, o askOptions) (any, error) {
 	defer unix.Close(fd)
 	to := sockaddr(o.To, o.Mapped)
 	if o.Again {
-		if err := unix.Connect(fd, to); err != nil {
+		if err := connect(fd, to); err != nil {
 			return netError(err)
 		}
 		if err := disconnect(fd); err != nil {
@@ -303,7 +323,7 @@ func ask(_ *testnode.Session, o askOptions) (any, error) {
 			return netError(err)
 		}
 	} else {
-		if err := unix.Connect(fd, to); err != nil {
+		if err := connect(fd, to); err != nil {
 			return netError(err)
 		}
 		if _, err := fdIO(fd).Write(req); err != nil {
@@ -356,7 +376,7 @@ func begin(s *testnode.Session, o askOptions) (any, error) {
 	if err := unix.SetNonblock(fd, true); err != nil {
 		return nil, err
 	}
-	if err := unix.Connect(fd, sockaddr(o.To, o.Mapped)); err != nil && !errors.Is(err, unix.EINPROGRESS) {
+	if err := connect(fd, sockaddr(o.To, o.Mapped)); err != nil && !errors.Is(err, unix.EINPROGRESS) {
 		return nil, os.NewSyscallError("connect", err)
 	}
 	s.Values["begun"] = fd
@@ -401,7 +421,7 @@ func askOver(fd int, token string) (any, error) {
 func ownSocket(_ *testnode.Session, connected bool) (any, error) {
 	fd, err := openSocket(askOptions{To: agent4})
 	if err == nil && connected {
-		err = unix.Connect(fd, sockaddr(agent4, false))
+		err = connect(fd, sockaddr(agent4, false))
 	}
 	return fd, err
 }
@@ -426,7 +446,7 @@ func takeSocket(_ *testnode.Session, o takeArgs) (any, error) {
 	}
 	defer unix.Close(fd)
 	if o.Connect {
-		if err := unix.Connect(fd, sockaddr(agent4, false)); err != nil {
+		if err := connect(fd, sockaddr(agent4, false)); err != nil {
 			return nil, os.NewSyscallError("connect", err)
 		}
 	}
@@ -547,7 +567,7 @@ func execAfter(_ *testnode.Session, token string) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.Connect(fd, sockaddr(agent4, false)); err != nil {
+	if err := connect(fd, sockaddr(agent4, false)); err != nil {
 		return netError(err)
 	}
 	file := os.NewFile(uintptr(fd), "connection")
@@ -571,7 +591,7 @@ func repair(_ *testnode.Session, token string) (any, error) {
 	if err := unix.SetsockoptInt(fd, unix.SOL_TCP, unix.TCP_REPAIR, 1); err != nil {
 		return nil, os.NewSyscallError("TCP_REPAIR", err)
 	}
-	if err := unix.Connect(fd, sockaddr(agent4, false)); err != nil {
+	if err := connect(fd, sockaddr(agent4, false)); err != nil {
 		return nil, os.NewSyscallError("connect", err)
 	}
 	if err := unix.SetsockoptInt(fd, unix.SOL_TCP, unix.TCP_REPAIR, 0); err != nil {
@@ -652,7 +672,7 @@ func hold(s *testnode.Session, o holdArgs) (any, error) {
 				return len(held), err
 			}
 		}
-		if err := unix.Connect(fd, sockaddr(o.To, false)); err != nil && !errors.Is(err, unix.EINPROGRESS) {
+		if err := connect(fd, sockaddr(o.To, false)); err != nil && !errors.Is(err, unix.EINPROGRESS) {
 			return len(held), os.NewSyscallError("connect", err)
 		}
 	}
