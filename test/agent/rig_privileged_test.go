@@ -79,6 +79,11 @@ func build() (remove func(), err error) {
 		return nil, err
 	}
 	remove = func() { os.RemoveAll(dir) }
+	// Other users run the CLI as well.
+	if err := os.Chmod(dir, 0o755); err != nil {
+		remove()
+		return nil, err
+	}
 	out, err := exec.Command("go", "build", "-race", "-buildvcs=false", "-o", dir+"/",
 		"github.com/latchkey-dev/latchkey/cmd/latchkey-agent", "github.com/latchkey-dev/latchkey/cmd/latchkey").CombinedOutput()
 	if err != nil {
