@@ -391,8 +391,15 @@ func finish(s *testnode.Session, o askOptions) (any, error) {
 	}
 	defer unix.Close(fd)
 	poll := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}
-	if n, err := unix.Poll(poll, 15000); err != nil || n == 0 {
-		return catch{Errno: unix.ETIMEDOUT}, nil
+	for {
+		n, err := unix.Poll(poll, 15000)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil || n == 0 {
+			return catch{Errno: unix.ETIMEDOUT}, err
+		}
+		break
 	}
 	if errno, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR); err != nil || errno != 0 {
 		return catch{Errno: syscall.Errno(errno)}, err

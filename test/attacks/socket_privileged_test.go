@@ -75,6 +75,7 @@ func TestAttackTakenSocket(t *testing.T) {
 		c, err := take(a, true)
 		must(t, err)
 		a.robbed(c)
+		a.served(a.victim)
 	})
 }
 

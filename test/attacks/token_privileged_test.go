@@ -98,6 +98,7 @@ func TestAttackHostCgroupMountAndNetns(t *testing.T) {
 			Ask: askOptions{To: agent4, Token: a.victim.Token}, PID: os.Getpid(), FD: a.victim.Netns().FD(),
 		}, &c)
 		a.robbed(c)
+		a.served(a.victim)
 	})
 }
 
