@@ -117,7 +117,7 @@ func Run(ctx context.Context, cfg Config) error {
 	defer a.cache.Close()
 
 	// The programs.
-	a.node, err = openNode(&a.cfg, a.podEnded)
+	a.node, err = openNode(&a.cfg, a.podSeen, a.podEnded)
 	switch {
 	case err == nil:
 		defer a.node.close()
@@ -240,6 +240,9 @@ func Run(ctx context.Context, cfg Config) error {
 	a.log.Info("stopped")
 	return nil
 }
+
+// podSeen is called by the pod index, in its goroutine.
+func (a *Agent) podSeen(p *pods.Pod) { a.cache.AdmitPod(p.UID) }
 
 // podEnded is called by the pod index, in its goroutine.
 func (a *Agent) podEnded(p *pods.Pod) {

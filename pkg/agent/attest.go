@@ -46,7 +46,7 @@ func (n *node) close() error {
 
 // openNode finds the node's pods and attaches the programs. Nothing listens
 // yet, so that no connection can be older than the programs.
-func openNode(cfg *Config, onEnd func(*pods.Pod)) (_ *node, err error) {
+func openNode(cfg *Config, onPod, onEnd func(*pods.Pod)) (_ *node, err error) {
 	n := &node{}
 	defer func() {
 		if err != nil {
@@ -90,6 +90,7 @@ func openNode(cfg *Config, onEnd func(*pods.Pod)) (_ *node, err error) {
 		Root: n.root, Mount: n.mount, Resolver: n.resolver,
 		HostNetns: inode, HostNetnsCookie: cookie,
 		Logger: cfg.Logger,
+		OnPod:  onPod,
 		OnEnd: func(p *pods.Pod) {
 			if err := n.kernel.PodEnded(p.ID); err != nil {
 				cfg.Logger.Warn("cannot free a pod's ring", "pod_uid", string(p.UID), "error", err)

@@ -707,6 +707,14 @@ func (c *Cache) DropPod(uid evidence.PodUID) {
 	c.forgetPod(uid)
 }
 
+// AdmitPod tells that a pod lives: one that had ended and was made again under
+// its UID is cached from now on.
+func (c *Cache) AdmitPod(uid evidence.PodUID) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.ended, uid)
+}
+
 // Permit lets the upstream client make one more attempt within a fetch. It
 // never waits: when the budget is used up, somebody's first attempt is worth
 // more than a retry.

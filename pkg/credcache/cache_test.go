@@ -345,6 +345,19 @@ func TestPodThatEndsIsDroppedAtOnce(t *testing.T) {
 	})
 }
 
+// The same UID again, as after a static pod's or a kubelet's restart.
+func TestPodMadeAgainIsCachedAgain(t *testing.T) {
+	t.Parallel()
+	inBubble(t, nil, func(t *testing.T, c *Cache, _ *fake) {
+		mustGet(t, c, request(1, 0), OutcomeMiss)
+		c.DropPod(subject(1).PodUID)
+		mustGet(t, c, request(1, 0), OutcomeBypass)
+		c.AdmitPod(subject(1).PodUID)
+		mustGet(t, c, request(1, 0), OutcomeMiss)
+		mustGet(t, c, request(1, 0), OutcomeHit)
+	})
+}
+
 func TestFetchUnderWayForAnEndedPodIsNotKept(t *testing.T) {
 	t.Parallel()
 	inBubble(t, nil, func(t *testing.T, c *Cache, up *fake) {
