@@ -7,8 +7,8 @@
 //
 // Everything is measured on one node of its own (test/rig), in one run, in
 // rounds that take turns, so that what the machine does besides hurts all alike;
-// ratios say more than times. It needs root, Debian's nginx-light and wrk, and
-// the Go toolchain. Nothing on the machine's own network changes.
+// ratios say more than times. It needs root, Debian's nginx-light, wrk and iproute2,
+// and the Go toolchain. Nothing on the machine's own network changes.
 package main
 
 import (
@@ -85,9 +85,9 @@ func run(ctx context.Context, args []string) error {
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
-	for _, tool := range []string{"nginx", "wrk", "go"} {
+	for _, tool := range []string{"nginx", "wrk", "ip", "go"} {
 		if _, err := exec.LookPath(tool); err != nil {
-			return fmt.Errorf("%s is missing: install Debian's nginx-light and wrk, and Go", tool)
+			return fmt.Errorf("%s is missing: install Debian's nginx-light, wrk and iproute2, and Go", tool)
 		}
 	}
 	b := &bench{ctx: ctx, agent: *agent, rounds: *rounds, length: *length}

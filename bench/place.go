@@ -15,8 +15,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/vishvananda/netlink"
-
 	"github.com/latchkey-dev/latchkey/test/rig"
 	"github.com/latchkey-dev/latchkey/test/standin/tokens"
 	"github.com/latchkey-dev/latchkey/test/testnode"
@@ -44,24 +42,10 @@ func (b *bench) newNode(signer tokens.Config) (*node, error) {
 		return nil, err
 	}
 	n := &node{Rig: r, b: b}
-	err = r.Node.Do(func() error {
-		lo, err := netlink.LinkByName("lo")
-		if err != nil {
-			return err
+	for _, host := range []string{nginxHost, bareHost, sinkHost} {
+		if _, err := r.Node.HostPlace().Exec(b.ctx, "ip", "address", "add", host+"/32", "dev", "lo"); err != nil {
+			return nil, errors.Join(err, r.Close())
 		}
-		for _, host := range []string{nginxHost, bareHost, sinkHost} {
-			addr, err := netlink.ParseAddr(host + "/32")
-			if err != nil {
-				return err
-			}
-			if err := netlink.AddrAdd(lo, addr); err != nil {
-				return fmt.Errorf("adding %s: %w", host, err)
-			}
-		}
-		return nil
-	})
-	if err != nil {
-		return nil, errors.Join(err, r.Close())
 	}
 	return n, nil
 }
