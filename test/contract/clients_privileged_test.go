@@ -140,6 +140,7 @@ func (b *bed) each(t *testing.T, in, with map[string]*rig.Pod, check func(*testi
 // Real, unmodified clients through what happens in a life, and what a person
 // sees of it. README.md has it as a table.
 func TestPrivilegedRealClients(t *testing.T) {
+	t.Parallel() // waits most of its time
 	b := start(t, "--bind-hosts", "169.254.170.23", "--bind-hosts", "127.0.0.1")
 	keys := map[string]string{}
 	pods := b.clientPods("app", true)

@@ -53,6 +53,7 @@ func TestPrivilegedIdleConnectionsAreBounded(t *testing.T) {
 // Requests that trickle in byte by byte are ended, however long the client
 // would go on.
 func TestPrivilegedSlowHeadsAreEnded(t *testing.T) {
+	t.Parallel() // waits most of its time
 	b := start(t)
 	slow, quiet := b.pod("slow"), b.pod("quiet")
 	const many = 200
