@@ -115,8 +115,9 @@ bench: ## Benchmarks of the packages PKG (BENCH chooses by regular expression)
 	@$(GO) test -run '^$$' -bench '$(BENCH)' -benchmem $(PKG)
 
 .PHONY: bench-node
-bench-node: setup ## Measure a whole node against nginx, and write docs/benchmarks.md (root, quiet machine)
-	@scripts/as-root $(GO) run ./bench
+bench-node: ## Measure a whole node against nginx, and write docs/benchmarks.md (root, quiet machine)
+	@scripts/setup bench
+	@scripts/as-root $(GO) run ./bench -o docs/benchmarks.md
 
 .PHONY: fuzz
 fuzz: ## Run every fuzz target for FUZZTIME

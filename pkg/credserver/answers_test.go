@@ -27,10 +27,10 @@ func TestAnswers(t *testing.T) {
 			"[169.254.170.23 fd00:ec2::23 127.0.0.1] address not " + h + "\n"
 	}
 	host := func(h string) string {
-		return "GET /v1/credentials HTTP/1.1\r\nHost: " + h + "\r\nAuthorization: " + tokenA + "\r\n\r\n"
+		return "GET /v1/credentials HTTP/1.1\r\nHost: " + h + "\r\nAccept: */*\r\nAuthorization: " + tokenA + "\r\n\r\n"
 	}
 	line := func(l string) string {
-		return l + "\r\nHost: 169.254.170.23\r\nAuthorization: " + tokenA + "\r\n\r\n"
+		return l + "\r\nHost: 169.254.170.23\r\nAccept: */*\r\nAuthorization: " + tokenA + "\r\n\r\n"
 	}
 	for _, c := range []struct {
 		name   string
@@ -72,8 +72,8 @@ func TestAnswers(t *testing.T) {
 		{"two pairs of brackets", host("[[fd00:ec2::23]]"), 403, text, wrongHost("[[fd00:ec2::23]]"), evidence.ReasonHost, false},
 		{"absolute form to another host", line("GET http://evil.example/v1/credentials HTTP/1.1"), 403, text, wrongHost("evil.example"), evidence.ReasonHost, false},
 		{"empty host", host(""), 400, text, "400 Bad Request: missing required Host header\n", ReasonBadRequest, true},
-		{"no host", "GET /v1/credentials HTTP/1.1\r\nAuthorization: " + tokenA + "\r\n\r\n", 400, text, "400 Bad Request: missing required Host header\n", ReasonBadRequest, true},
-		{"no host in HTTP/1.0", "GET /v1/credentials HTTP/1.0\r\nAuthorization: " + tokenA + "\r\n\r\n", 403, text, wrongHost(""), evidence.ReasonHost, true},
+		{"no host", "GET /v1/credentials HTTP/1.1\r\nAccept: */*\r\nAuthorization: " + tokenA + "\r\n\r\n", 400, text, "400 Bad Request: missing required Host header\n", ReasonBadRequest, true},
+		{"no host in HTTP/1.0", "GET /v1/credentials HTTP/1.0\r\nAccept: */*\r\nAuthorization: " + tokenA + "\r\n\r\n", 403, text, wrongHost(""), evidence.ReasonHost, true},
 		{"wrong host in JSON", "GET /v1/credentials HTTP/1.1\r\nHost: a\"b\r\nAccept: */*, Application/JSON\r\n\r\n", 403, "application/json", jsonError("AccessDeniedException", strings.TrimSuffix(wrongHost(`a"b`), "\n")), evidence.ReasonHost, false},
 
 		{"root, as probes ask", line("GET / HTTP/1.1"), 404, text, "404 page not found\n", ReasonNotFound, false},
@@ -94,6 +94,8 @@ func TestAnswers(t *testing.T) {
 		{"another audience", get("foreign.audience.token"), 400, text, "Service account token has the wrong audience\n", evidence.ReasonTokenAudience, false},
 		{"verifier fails without saying why", get("odd"), 503, text, "Service account token cannot be verified at the moment. Retry.\n", evidence.ReasonKeysUnavailable, false},
 		{"no token, JSON", get("", "Accept: application/json"), 400, "application/json", jsonError("InvalidTokenException", "Service account token cannot be empty"), evidence.ReasonTokenMissing, false},
+		// credential-provider-http of the JavaScript SDK.
+		{"a token and no Accept", "GET /v1/credentials HTTP/1.1\r\nHost: 169.254.170.23\r\nAuthorization: foreign.audience.token\r\n\r\n", 400, "application/json", jsonError("InvalidTokenException", "Service account token has the wrong audience"), evidence.ReasonTokenAudience, false},
 
 		{"garbage", "garbage\r\n\r\n", 400, text, "400 Bad Request\n", ReasonBadRequest, true},
 		{"HTTP/2 preface", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505, text, "HTTP Version Not Supported\n", ReasonBadRequest, true},

@@ -306,8 +306,14 @@ func get(token string, lines ...string) string {
 	if token != "" {
 		head += "Authorization: " + token + "\r\n"
 	}
+	accept := false
 	for _, l := range lines {
 		head += l + "\r\n"
+		accept = accept || strings.HasPrefix(l, "Accept:")
+	}
+	if !accept {
+		// As people's tools do.
+		head += "Accept: */*\r\n"
 	}
 	return head + "\r\n"
 }

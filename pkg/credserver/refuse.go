@@ -71,7 +71,7 @@ func (s *Server) refuse(ctx *fasthttp.RequestCtx, _ *conn, r refusal, rec *Recor
 	if r.close {
 		resp.SetConnectionClose()
 	}
-	if r.code != "" && containsFold(ctx.Request.Header.Peek(fasthttp.HeaderAccept), contentJSON) {
+	if r.code != "" && wantsJSON(&ctx.Request.Header) {
 		body, err := json.Marshal(struct {
 			LowerCode    string `json:"code"`
 			LowerMessage string `json:"message"`
@@ -86,6 +86,18 @@ func (s *Server) refuse(ctx *fasthttp.RequestCtx, _ *conn, r refusal, rec *Recor
 	}
 	resp.Header.SetContentTypeBytes(contentText)
 	resp.SetBodyRaw([]byte(r.text + "\n"))
+}
+
+// wantsJSON: the request names JSON; or it brings a token and names no type,
+// which means any (RFC 9110 section 12.5.1). That is the JavaScript SDK's HTTP
+// provider, which shows its user a reason only if it comes in JSON. A wildcard
+// alone is what people's tools send; they get the reference agent's text.
+func wantsJSON(h *fasthttp.RequestHeader) bool {
+	accept := h.Peek(fasthttp.HeaderAccept)
+	if len(accept) == 0 {
+		return len(h.Peek(fasthttp.HeaderAuthorization)) > 0
+	}
+	return containsFold(accept, contentJSON)
 }
 
 // refusalOf words a verdict. The texts name no pod: whoever holds a stolen

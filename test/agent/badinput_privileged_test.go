@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -62,7 +63,12 @@ func exchange(t *testing.T, conn *rig.Conn, send string) (out reply) {
 
 // request is one that a client could send.
 func request(method, path, host, token string, more ...string) string {
+	// As people's tools do: refusals come as text.
 	lines := append([]string{method + " " + path + " HTTP/1.1", "Host: " + host}, more...)
+	if !slices.ContainsFunc(more, func(l string) bool { return strings.HasPrefix(l, "Accept:") }) {
+		// As people's tools do: refusals come as text.
+		lines = append(lines, "Accept: */*")
+	}
 	if token != "" {
 		lines = append(lines, "Authorization: "+token)
 	}

@@ -49,10 +49,15 @@ func realClients() []client {
 	}
 	return []client{
 		{name: "aws-sdk-go-v2", shows: func(_ int, text string) []string { return []string{text} }},
-		// credential-provider-http reads Code and Message from JSON, but does not
-		// ask for JSON: it sends no Accept.
+		// credential-provider-http sends no Accept and reads Code and Message
+		// from JSON, of 4xx only.
 		{name: "javascript-v3-http", program: js(clients.JSHTTP),
-			shows: func(status int, _ string) []string { return []string{fmt.Sprint("status: ", status)} }},
+			shows: func(status int, text string) []string {
+				if status >= 500 {
+					text = ""
+				}
+				return []string{fmt.Sprint("status: ", status), text}
+			}},
 		// fromContainerMetadata drops body and status, and gives up after 1 s.
 		{name: "javascript-v3-metadata", program: js(clients.JSMetadata), local: true,
 			shows: func(int, string) []string { return []string{"from instance metadata service"} }},

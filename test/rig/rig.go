@@ -367,6 +367,8 @@ func (c *Conn) Ask(ctx context.Context, token string) (Answer, error) {
 		return Answer{}, err
 	}
 	req.Header.Set("Authorization", token)
+	// As people's tools do: the answer is text.
+	req.Header.Set("Accept", "*/*")
 	resp, err := c.client.Do(req)
 	if err != nil {
 		return Answer{}, err
