@@ -34,9 +34,11 @@ func TestAttackHandshakeFlood(t *testing.T) {
 // is turned away; the victim and the neighbour do not notice.
 func TestAttackConnectionFlood(t *testing.T) {
 	both(t, Refused, func(a *attack) {
-		a.spawn(a.thief.Place()).do("hold", holdArgs{To: agent4, N: 300, Established: true}, nil)
 		thief := a.thiefs()
-		a.eventually(func() error { // once the agent has accepted them all
+		a.eventually(func() error {
+			// Silent connections are closed after a while, so on a slow machine
+			// there may be fewer by now: then more of them.
+			a.thiefs().do("hold", holdArgs{To: agent4, N: 300, Established: true}, nil)
 			c := thief.ask(askOptions{}, a.thief.Token)
 			// Being told takes a descriptor, so only so many are told at a time.
 			if c.Status == http.StatusTooManyRequests || c.Errno == unix.ECONNRESET {
