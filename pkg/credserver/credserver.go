@@ -40,6 +40,7 @@ import (
 	"time"
 
 	"github.com/valyala/fasthttp"
+	"golang.org/x/sys/unix"
 
 	"github.com/latchkey-dev/latchkey/pkg/evidence"
 	"github.com/latchkey-dev/latchkey/pkg/verdict"
@@ -357,8 +358,8 @@ func offEverywhere(p verdict.Policy) bool {
 }
 
 // Listen opens a listener fit for Serve: plain TCP, because an MPTCP handshake
-// leaves no room for the option that carries the evidence; of one address
-// family; never with SO_REUSEPORT, with which a hostNetwork pod could join the
+// leaves no room for the option that carries the evidence, and without Fast Open
+// for the same reason; of one address family; never with SO_REUSEPORT, with which a hostNetwork pod could join the
 // port. TCP keep-alive is off: silent connections are closed by IdleTimeout.
 func Listen(ctx context.Context, address netip.AddrPort) (net.Listener, error) {
 	lc := net.ListenConfig{KeepAlive: -1}
@@ -372,7 +373,36 @@ func Listen(ctx context.Context, address netip.AddrPort) (net.Listener, error) {
 	if err != nil {
 		return nil, fmt.Errorf("opening the credential endpoint on %v: %w", address, err)
 	}
+	if err := refuseFastOpen(ln); err != nil {
+		_ = ln.Close()
+		return nil, fmt.Errorf("opening the credential endpoint on %v: %w", address, err)
+	}
 	return ln, nil
+}
+
+// refuseFastOpen takes back what the sysctl tcp_fastopen can make every listener
+// offer (bit 0x400): a client with a Fast Open cookie has no room left in its
+// SYN for the option that carries the evidence, and what completes such a
+// handshake is the SYN. It has to come after listen(2), which sets it.
+func refuseFastOpen(ln net.Listener) error {
+	sc, ok := ln.(syscall.Conn)
+	if !ok {
+		return nil
+	}
+	raw, err := sc.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var serr error
+	if err := raw.Control(func(fd uintptr) {
+		serr = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_FASTOPEN, 0)
+	}); err != nil {
+		return err
+	}
+	if errors.Is(serr, unix.ENOPROTOOPT) {
+		return nil // a kernel without Fast Open
+	}
+	return serr
 }
 
 // Serve answers on the listeners until each of them ends, and owns them. It
