@@ -128,23 +128,7 @@ func newBed(t testing.TB) *bed {
 		Kubepods:   cgroupID(t, node.KubepodsRoot()),
 		Netns:      node.Netns().Inode(),
 	}
-	must(t, node.Do(func() error {
-		lo, err := netlink.LinkByName("lo")
-		if err != nil {
-			return err
-		}
-		for _, cidr := range []string{"169.254.170.23/32", "fd00:ec2::23/128"} {
-			a, err := netlink.ParseAddr(cidr)
-			if err != nil {
-				return err
-			}
-			a.Flags = unix.IFA_F_NODAD
-			if err := netlink.AddrAdd(lo, a); err != nil {
-				return fmt.Errorf("%s: %w", cidr, err)
-			}
-		}
-		return nil
-	}))
+	must(t, node.Netns().AddLoopback(addr4, addr6))
 	return b
 }
 

@@ -17,8 +17,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/vishvananda/netlink"
-
 	"github.com/latchkey-dev/latchkey/test/testnode"
 )
 
@@ -35,19 +33,12 @@ func TestMain(m *testing.M) {
 func serve(t *testing.T, ns *testnode.Netns, address string) {
 	t.Helper()
 	var listener net.Listener
-	err := ns.Do(func() error {
-		host := netip.MustParseAddrPort(address).Addr()
-		if !host.IsLoopback() {
-			lo, err := netlink.LinkByName("lo")
-			if err != nil {
-				return err
-			}
-			addr := &netlink.Addr{IPNet: &net.IPNet{IP: host.AsSlice(), Mask: net.CIDRMask(host.BitLen(), host.BitLen())}}
-			if err := netlink.AddrAdd(lo, addr); err != nil {
-				return err
-			}
+	if host := netip.MustParseAddrPort(address).Addr(); !host.IsLoopback() {
+		if err := ns.AddLoopback(host); err != nil {
+			t.Fatal(err)
 		}
-		var err error
+	}
+	err := ns.Do(func() (err error) {
 		listener, err = net.Listen("tcp", address)
 		return err
 	})

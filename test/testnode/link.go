@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -49,6 +50,44 @@ func addAddress(link netlink.Link, p netip.Prefix) error {
 		return fmt.Errorf("adding address %s to %s: %w", p, link.Attrs().Name, err)
 	}
 	return nil
+}
+
+// AddLoopback puts addresses on the namespace's lo and returns when a socket can
+// be bound to each: the kernel enters IPv6 addresses into the local table from a
+// work queue, after the request for them has been answered.
+func (n *Netns) AddLoopback(addrs ...netip.Addr) error {
+	return n.Do(func() error {
+		lo, err := netlink.LinkByName("lo")
+		if err != nil {
+			return fmt.Errorf("finding lo: %w", err)
+		}
+		for _, a := range addrs {
+			if err := addAddress(lo, netip.PrefixFrom(a, a.BitLen())); err != nil {
+				return err
+			}
+		}
+		for _, a := range addrs {
+			if err := waitBindable(a); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// bindWait is how long the kernel may take to make an address usable.
+const bindWait = 5 * time.Second
+
+func waitBindable(a netip.Addr) error {
+	for deadline := time.Now().Add(bindWait); ; time.Sleep(time.Millisecond) {
+		c, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(a, 0)))
+		if err == nil {
+			return c.Close()
+		}
+		if !errors.Is(err, unix.EADDRNOTAVAIL) || time.Now().After(deadline) {
+			return fmt.Errorf("waiting for address %s: %w", a, err)
+		}
+	}
 }
 
 func addDefaultRoute(link netlink.Link, gateway netip.Addr) error {
