@@ -19,6 +19,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -209,11 +210,15 @@ func (r *Rig) StartAgentExactly(ctx context.Context, args ...string) (*Agent, er
 }
 
 // LaunchAgent starts the program and does not wait for anything.
-func (r *Rig) LaunchAgent(args ...string) (*Agent, error) {
+func (r *Rig) LaunchAgent(args ...string) (*Agent, error) { return r.LaunchAgentUnder(nil, args...) }
+
+// LaunchAgentUnder starts the program through another one, such as setpriv,
+// which gets the agent's command line after its own arguments.
+func (r *Rig) LaunchAgentUnder(wrapper []string, args ...string) (*Agent, error) {
 	a := &Agent{rig: r, log: &buffer{}, done: make(chan struct{})}
 	place := r.Node.AgentPlace().WithEnv("AWS_REGION="+Region, "AWS_ACCESS_KEY_ID="+nodeKey, "AWS_SECRET_ACCESS_KEY="+nodeSecret,
 		"AWS_EC2_METADATA_DISABLED=true")
-	a.cmd = place.Command(context.Background(), append([]string{r.cfg.AgentBinary}, args...)...)
+	a.cmd = place.Command(context.Background(), slices.Concat(wrapper, []string{r.cfg.AgentBinary}, args)...)
 	a.cmd.Stdout, a.cmd.Stderr = a.log, a.log
 	if err := a.cmd.Start(); err != nil {
 		return nil, fmt.Errorf("starting the agent: %w", err)
