@@ -50,7 +50,9 @@ func TestPrivilegedDefectWaitersPollInsteadOfSharing(t *testing.T) {
 	b := start(t)
 	for name, fault := range map[string]eksauth.Fault{
 		"success": {},
-		"failure": {Kind: eksauth.Refuse, ErrorType: "InvalidParameterException", Message: "no such thing"},
+		// A refusal that is remembered for a second, so that a waiter that asks a
+		// moment after the answer is one of them.
+		"failure": {Kind: eksauth.Refuse, ErrorType: "ResourceNotFoundException", Message: "no such thing"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			p := b.pod(name)
