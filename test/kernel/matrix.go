@@ -38,6 +38,8 @@ type Result struct {
 	Why string
 	// Output of a test that failed, its last lines.
 	Output []string
+	// Listed in not-here.tsv; Test is an expression then.
+	Listed bool
 }
 
 // Feature is what a probe said on the kernel.
@@ -356,7 +358,7 @@ func (r *Run) LeaveOut(list []LeftOut) {
 	}
 	for _, l := range list {
 		if ran[l.Package] && (l.Kernel == r.Kernel || l.Kernel == "*" || l.Kernel == "emulated" && r.Kernel != "host") {
-			r.Results = append(r.Results, Result{Package: l.Package, Test: l.Test, Outcome: NotHere, Why: l.Why})
+			r.Results = append(r.Results, Result{Package: l.Package, Test: l.Test, Outcome: NotHere, Why: l.Why, Listed: true})
 		}
 	}
 }

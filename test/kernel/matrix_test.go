@@ -152,10 +152,13 @@ func TestDocumentKeepsTheCost(t *testing.T) {
 		parse(t, "5.10", "MATRIX kernel 5.10.0\nMATRIX package ./pkg/x\n"+Fact(FactFeature, "f", "5.8", "yes")+"\n"+
 			Fact(FactFallback, "a | b (before Linux 5.15)")+"\n"+Fact(FactVerifier, "prog", "350", "317")+"\n"+passing),
 	}
+	runs[0].Results = append(runs[0].Results, Result{Package: "./pkg/x", Test: "TestB", Outcome: Pass})
+	runs[1].LeaveOut([]LeftOut{{"5.10", "./pkg/x", "Test(B|C)", "too slow"}})
 	doc := Document(runs, "")
 	for _, want := range []string{
-		"| f | yes | yes | 5.8 |", "| host | `6.18` | **supported** | 1 | 0 | 0 |", "**degraded**",
+		"| f | yes | yes | 5.8 |", "| host | `6.18` | **supported** | 2 | 0 | 0 |", "**degraded**",
 		"| a \\| b (before Linux 5.15) | – | in use |", "| `prog` | ? | 350 (317) |", "| `pkg/x` TestA | pass | pass |",
+		"| `pkg/x` TestB | pass | not here |", "- `Test(B|C)` on 5.10: too slow\n",
 	} {
 		if !strings.Contains(doc, want) {
 			t.Errorf("no %q in\n%s", want, doc)
