@@ -98,6 +98,11 @@ attacks: ## Every attack of the threat model, and that it succeeds without its p
 test-kernels: ## Privileged tests and attacks on every kernel; KERNELS= chooses (boots them with qemu)
 	@scripts/stage test-kernels scripts/kernel-matrix $(KERNELS)
 
+.PHONY: docs-kernels
+docs-kernels: ## Run every kernel and write docs/kernels.md from it, with the cost of the hooks
+	@DOCS=1 scripts/stage docs-kernels scripts/kernel-matrix
+	@scripts/as-root $(GO) run ./test/kernel/hookcost -write docs/kernels.md
+
 .PHONY: ci-full
 ci-full: test attacks test-kernels fuzz bench ## All that there is: CI and what is too long for it
 
@@ -118,6 +123,7 @@ bench: ## Benchmarks of the packages PKG (BENCH chooses by regular expression)
 bench-node: ## Measure a whole node against nginx, and write docs/benchmarks.md (root, quiet machine)
 	@scripts/setup bench
 	@scripts/as-root $(GO) run ./bench -o docs/benchmarks.md
+	@scripts/as-root $(GO) run ./test/kernel/hookcost -write docs/benchmarks.md
 
 .PHONY: fuzz
 fuzz: ## Run every fuzz target for FUZZTIME

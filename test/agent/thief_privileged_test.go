@@ -231,7 +231,7 @@ func TestPrivilegedAddressPoisoningChangesNothing(t *testing.T) {
 	wantRefusal(t, from(victim.Token), 403, textMismatch)
 	wantCredentials(t, from(thief.Token), thief)
 
-	neighbour(netlink.NeighDel)
+	// The thief's address first: it would answer when the node asks anew.
 	must(t, thief.Netns().Do(func() error {
 		eth0, err := netlink.LinkByName("eth0")
 		if err != nil {
@@ -239,6 +239,7 @@ func TestPrivilegedAddressPoisoningChangesNothing(t *testing.T) {
 		}
 		return netlink.AddrDel(eth0, address)
 	}))
+	neighbour(netlink.NeighDel)
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	a, err := rig.Ask(ctx, victim.Place(), rig.Host4, victim.Token)
