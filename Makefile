@@ -76,7 +76,7 @@ demo: ## Show it work on a node of its own (needs root); KEEP=1 leaves it runnin
 	@scripts/as-root env KEEP="$${KEEP:-}" bin/latchkey-demo
 
 .PHONY: test
-test: setup lint check-generated test-race test-privileged ## Everything: set-up, lint, generated files, unit and privileged tests
+test: setup lint check-generated test-race test-allocations test-privileged ## Everything: set-up, lint, generated files, unit and privileged tests
 
 .PHONY: test-unit
 test-unit: ## Unit tests, without the race detector
@@ -85,6 +85,10 @@ test-unit: ## Unit tests, without the race detector
 .PHONY: test-race
 test-race: ## Unit tests with the race detector
 	@scripts/stage test-race $(GO) test $(RACE) $(PKG)
+
+.PHONY: test-allocations
+test-allocations: ## That a cached answer allocates nothing, which the race detector would hide
+	@scripts/stage test-allocations $(GO) test -count=1 -run AllocatesNothing -v ./pkg/agent
 
 .PHONY: test-privileged
 test-privileged: ## Tests on the real kernel (needs root, BTF and cgroup v2)
