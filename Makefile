@@ -107,8 +107,20 @@ docs-kernels: ## Run every kernel and write docs/kernels.md from it, with the co
 	@DOCS=1 scripts/stage docs-kernels scripts/kernel-matrix
 	@scripts/as-root $(GO) run ./test/kernel/hookcost -write docs/kernels.md
 
+.PHONY: e2e
+e2e: ## A real single-node Kubernetes, the chart on it, and every suite (root); SUITES= chooses
+	@scripts/stage e2e test/suites/run $(SUITES)
+
+.PHONY: manifests
+manifests: ## Render deploy/manifests from the chart, and the chart's golden files
+	@$(GO) test -count=1 ./test/chart -update
+
+.PHONY: docs
+docs: ## Write the documents that are generated: the CLI's manual, flags, metrics
+	@scripts/generate docs
+
 .PHONY: ci-full
-ci-full: test attacks test-kernels fuzz bench ## All that there is: CI and what is too long for it
+ci-full: test attacks test-kernels e2e fuzz bench ## All that there is: CI and what is too long for it
 
 .PHONY: lint
 lint: ## Formatting, vet, staticcheck, shellcheck and the rules of the repository
@@ -134,8 +146,9 @@ fuzz: ## Run every fuzz target for FUZZTIME
 	@scripts/stage fuzz scripts/fuzz
 
 .PHONY: docker
-docker: ## Build the agent's image (needs a container engine); IMAGE names it
-	docker build --build-arg VERSION=$(VERSION) -t $(IMAGE) .
+docker: ## Build both images (needs a container engine); IMAGE names the agent's
+	docker build --build-arg VERSION=$(VERSION) --target agent -t $(IMAGE) .
+	docker build --build-arg VERSION=$(VERSION) --target server -t $(subst latchkey:,latchkey-server:,$(IMAGE)) .
 
 .PHONY: clean
 clean: ## Remove what was built
