@@ -71,7 +71,7 @@ func newRoot(out io.Writer) *cobra.Command {
 		}
 		return slog.New(slog.NewJSONHandler(out, &slog.HandlerOptions{Level: level})), nil
 	}
-	root.AddCommand(newServer(logger), newInitialize(logger), newCleanup(out, logger))
+	root.AddCommand(newServer(out, &verbosity), newInitialize(logger), newCleanup(out, logger))
 	return root
 }
 
@@ -90,7 +90,7 @@ func parseLevel(s string) (slog.Level, error) {
 	return 0, fmt.Errorf("unknown verbosity %q: use panic, fatal, error, warn, info, debug or trace", s)
 }
 
-func newServer(logger func() (*slog.Logger, error)) *cobra.Command {
+func newServer(out io.Writer, verbosity *string) *cobra.Command {
 	var (
 		cfg         agent.Config
 		bindHosts   []string
@@ -106,11 +106,14 @@ func newServer(logger func() (*slog.Logger, error)) *cobra.Command {
 		Example: "  latchkey-agent server --cluster-name prod",
 		Args:    commandline.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			log, err := logger()
-			if err != nil {
-				return err
+			var err error
+			if cfg.LogLevel, err = parseLevel(*verbosity); err != nil {
+				return commandline.UsageError{Err: err}
 			}
-			cfg.Logger, cfg.Version = log, commandline.Version(version)
+			// The levels are the agent's, as they can be changed while it runs.
+			cfg.Logger = slog.New(slog.NewJSONHandler(out, &slog.HandlerOptions{Level: slog.LevelDebug}))
+			cfg.Version = commandline.Version(version)
+			log := slog.New(slog.NewJSONHandler(out, &slog.HandlerOptions{Level: cfg.LogLevel}))
 			var warnings []agent.Warning
 			if cfg.BindHosts, warnings, err = agent.ParseBindHosts(bindHosts); err != nil {
 				return err

@@ -26,6 +26,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/latchkey-dev/latchkey/pkg/audit"
 	"github.com/latchkey-dev/latchkey/pkg/credcache"
 	"github.com/latchkey-dev/latchkey/pkg/credserver"
 	"github.com/latchkey-dev/latchkey/pkg/evidence"
@@ -41,7 +42,8 @@ const stopGrace = 10 * time.Second
 // Agent is a running agent.
 type Agent struct {
 	cfg     Config
-	log     *slog.Logger
+	levels  *logLevels
+	log     *slog.Logger // component LogAgent
 	started time.Time
 
 	node      *node
@@ -65,8 +67,10 @@ func Run(ctx context.Context, cfg Config) error {
 	if err != nil {
 		return err
 	}
+	levels := newLogLevels(cfg.Logger.Handler(), cfg.LogLevel)
+	log := levels.logger(LogAgent)
 	for _, w := range warnings {
-		cfg.Logger.Warn(string(w))
+		log.Warn(string(w))
 	}
 	// Alone, before anything on the node is changed: an agent that is refused
 	// leaves the one that runs as it was.
@@ -86,12 +90,12 @@ func Run(ctx context.Context, cfg Config) error {
 		defer admin.Close()
 	}
 
-	a := &Agent{cfg: cfg, log: cfg.Logger, started: time.Now()}
+	a := &Agent{cfg: cfg, levels: levels, log: log, started: time.Now()}
 	a.ready.a = a
 	a.metrics = newMetrics(cfg.Version, cfg.Policy.Default.String())
-	a.observer = newObserver(a.metrics, a.log)
+	a.observer = newObserver(a.metrics, levels.logger(LogRequests), a.enrich)
 
-	if a.tokens, err = newTokenCheck(&cfg); err != nil {
+	if a.tokens, err = newTokenCheck(&cfg, levels.logger(LogTokens)); err != nil {
 		return err
 	}
 	if a.tokens.keys == nil {
@@ -110,18 +114,18 @@ func Run(ctx context.Context, cfg Config) error {
 		MaxEntries: cfg.MaxCacheSize, MaxRetention: cfg.MaxRetention,
 		MaxBytes: cfg.MaxCacheBytes, Concurrency: cfg.UpstreamConcurrency,
 		UpstreamQPS: cfg.UpstreamQPS, BackgroundQPS: cfg.RenewalQPS,
-		Logger: a.log, Observe: a.observeFetch,
+		Logger: levels.logger(LogCache), Observe: a.observeFetch,
 	}); err != nil {
 		return err
 	}
 	defer a.cache.Close()
 
 	// The programs.
-	a.node, err = openNode(&a.cfg, a.podSeen, a.podEnded)
+	a.node, err = openNode(&a.cfg, levels, a.podSeen, a.podEnded)
 	switch {
 	case err == nil:
 		defer a.node.close()
-		a.attestor = newAttestor(a.node.kernel, a.node.index, a.log)
+		a.attestor = newAttestor(a.node.kernel, a.node.index, levels.logger(LogEndpoint))
 		s := a.node.kernel.Status()
 		a.log.Info("attesting connections", "attached_at", a.node.attachAt, "kubepods", a.node.root.Path(),
 			"pins", s.Directory, "reused_links", s.ReusedLinks, "reused_maps", s.ReusedMaps)
@@ -132,7 +136,7 @@ func Run(ctx context.Context, cfg Config) error {
 		return fmt.Errorf("%w (--attestation=audit starts without, and serves stolen tokens): %w", ErrCannotAttest, err)
 	default:
 		a.node = nil
-		a.attestor = newAttestor(nil, nil, a.log)
+		a.attestor = newAttestor(nil, nil, levels.logger(LogEndpoint))
 		a.log.Warn("this node cannot attest connections; the mode allows to go on without", "error", err)
 	}
 
@@ -142,7 +146,7 @@ func Run(ctx context.Context, cfg Config) error {
 
 	if a.server, err = credserver.New(credserver.Config{
 		Attestor: a.attestor, Tokens: a.tokens.verifier, Credentials: credentials{a.cache},
-		Policy: cfg.Policy, Hosts: hosts(cfg.BindHosts), Observer: a.observer, Logger: a.log,
+		Policy: cfg.Policy, Hosts: hosts(cfg.BindHosts), Observer: a.observer, Logger: levels.logger(LogEndpoint),
 		Limits: credserver.Limits{Pod: cfg.PodLimits},
 	}); err != nil {
 		if errors.Is(err, credserver.ErrConfig) {
@@ -241,6 +245,23 @@ func Run(ctx context.Context, cfg Config) error {
 	return nil
 }
 
+// enrich adds to a record what the node knows of the connecting task. It may
+// read the cgroup tree: not for the request path.
+func (a *Agent) enrich(r *audit.Record) {
+	id := r.Attestation.Connection.TaskCgroup
+	if a.node == nil || id == 0 {
+		return
+	}
+	path, err := a.node.resolver.Path(id)
+	if err != nil {
+		return // gone; what the kernel recorded is in the record
+	}
+	r.Task.Cgroup = path
+	if ref, err := a.node.root.Parse(path); err == nil {
+		r.Task.Pod, r.Task.ContainerID = ref.UID, ref.ContainerID
+	}
+}
+
 // podSeen is called by the pod index, in its goroutine.
 func (a *Agent) podSeen(p *pods.Pod) { a.cache.AdmitPod(p.UID) }
 
@@ -278,7 +299,7 @@ func (a *Agent) keepAddresses(ctx context.Context, nudge chan<- struct{}) (*link
 		return nil, nil
 	}
 	keeper, err := linklocal.New(linklocal.Config{
-		Addresses: own, Logger: a.log,
+		Addresses: own, Logger: a.levels.logger(LogLinkLocal),
 		OnChange: func(f linklocal.Family, present bool, err error) {
 			a.metrics.address.WithLabelValues(f.String()).Set(bool01(present))
 			a.metrics.repairs.WithLabelValues(f.String()).Inc()

@@ -46,7 +46,7 @@ func (n *node) close() error {
 
 // openNode finds the node's pods and attaches the programs. Nothing listens
 // yet, so that no connection can be older than the programs.
-func openNode(cfg *Config, onPod, onEnd func(*pods.Pod)) (_ *node, err error) {
+func openNode(cfg *Config, levels *logLevels, onPod, onEnd func(*pods.Pod)) (_ *node, err error) {
 	n := &node{}
 	defer func() {
 		if err != nil {
@@ -77,7 +77,7 @@ func openNode(cfg *Config, onPod, onEnd func(*pods.Pod)) (_ *node, err error) {
 		Addresses:  cfg.BindHosts,
 		Ports:      []uint16{cfg.Port},
 		Kubepods:   rootID,
-		Logger:     cfg.Logger,
+		Logger:     levels.logger(LogAttribution),
 	})
 	if err != nil {
 		return nil, err
@@ -86,20 +86,21 @@ func openNode(cfg *Config, onPod, onEnd func(*pods.Pod)) (_ *node, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("the agent's own network namespace: %w", err)
 	}
+	log := levels.logger(LogPods)
 	n.index, err = pods.New(pods.Config{
 		Root: n.root, Mount: n.mount, Resolver: n.resolver,
 		HostNetns: inode, HostNetnsCookie: cookie,
-		Logger: cfg.Logger,
+		Logger: log,
 		OnPod:  onPod,
 		OnEnd: func(p *pods.Pod) {
 			if err := n.kernel.PodEnded(p.ID); err != nil {
-				cfg.Logger.Warn("cannot free a pod's ring", "pod_uid", string(p.UID), "error", err)
+				log.Warn("cannot free a pod's ring", "pod_uid", string(p.UID), "error", err)
 			}
 			onEnd(p)
 		},
 		OnQoS: func(id evidence.CgroupID) {
 			if err := n.kernel.SetQoS([]evidence.CgroupID{id}); err != nil {
-				cfg.Logger.Warn("cannot note a QoS directory: its pods share one bound", "cgroup_id", uint64(id), "error", err)
+				log.Warn("cannot note a QoS directory: its pods share one bound", "cgroup_id", uint64(id), "error", err)
 			}
 		},
 	})

@@ -97,8 +97,11 @@ type Config struct {
 	PodLimits credserver.Allowance
 	// Version is shown by the CLI and in metrics.
 	Version string
-	// Logger is required.
+	// Logger is required. Its handler should let every level through: LogLevel
+	// decides at first, and Agent.SetLogLevel later.
 	Logger *slog.Logger
+	// LogLevel is every component's at the start; the zero value is info.
+	LogLevel slog.Level
 }
 
 // Warning is a setting that is accepted, and what is made of it.

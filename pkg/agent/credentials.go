@@ -77,7 +77,10 @@ func (c credentials) Get(ctx context.Context, req credserver.CredentialRequest) 
 	if err != nil {
 		return credserver.Credential{}, clientError(err)
 	}
-	return credserver.Credential{Body: entry.Body(), Expiry: entry.Expiry(), Hit: outcome == credcache.OutcomeHit}, nil
+	return credserver.Credential{
+		Body: entry.Body(), Expiry: entry.Expiry(), Hit: outcome == credcache.OutcomeHit,
+		Role: entry.AssumedRoleARN(), Association: entry.AssociationID(),
+	}, nil
 }
 
 // clientError says to the pod what the cache says. What is uncertain, or the

@@ -77,7 +77,7 @@ func hitPath(tb testing.TB) func() {
 	server, err := credserver.New(credserver.Config{
 		Attestor: fixedAttestor{tok.Subject.PodUID}, Tokens: verifier, Credentials: credentials{cache},
 		Hosts:    []string{"127.0.0.1"},
-		Observer: newObserver(newMetrics("test", "enforce"), slog.New(slog.DiscardHandler)),
+		Observer: newObserver(newMetrics("test", "enforce"), slog.New(slog.DiscardHandler), nil),
 		Limits:   credserver.Limits{Pod: credserver.Allowance{Connections: 8, Rate: 1e9, Burst: 1e6}},
 	})
 	if err != nil {

@@ -5,6 +5,7 @@ package agent
 import (
 	"context"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 
@@ -32,6 +33,9 @@ func (u unverified) Verify(_ context.Context, raw string) (evidence.Token, error
 	return u.parser.ParseUnverified(raw)
 }
 
+// Claims implements credserver.ClaimReader.
+func (unverified) Claims(raw string) (evidence.Token, bool) { return satoken.Claims(raw) }
+
 // verified checks signatures; what is remembered of a token ends with the keys
 // it was checked with.
 type verified struct {
@@ -39,13 +43,16 @@ type verified struct {
 	keys *satoken.Keys
 }
 
+// Claims implements credserver.ClaimReader.
+func (verified) Claims(raw string) (evidence.Token, bool) { return satoken.Claims(raw) }
+
 // KeyGeneration implements credserver.KeyGenerations.
 func (v verified) KeyGeneration() uint64 { return v.keys.Generation() }
 
 // newTokenCheck chooses the source of keys: what the operator named, else the
 // API server that the agent's own pod was given, else none. A token's iss claim
 // chooses nothing.
-func newTokenCheck(cfg *Config) (tokenCheck, error) {
+func newTokenCheck(cfg *Config, log *slog.Logger) (tokenCheck, error) {
 	var source satoken.Source
 	var issuers []string
 	var err error
@@ -70,7 +77,7 @@ func newTokenCheck(cfg *Config) (tokenCheck, error) {
 		}
 		return tokenCheck{verifier: unverified{p}, what: "none: EKS Auth alone judges tokens"}, nil
 	}
-	kc := satoken.KeysConfig{Source: source, Logger: cfg.Logger}
+	kc := satoken.KeysConfig{Source: source, Logger: log}
 	if cfg.StateDir != "" {
 		kc.CacheFile = filepath.Join(cfg.StateDir, keyCacheName)
 	}

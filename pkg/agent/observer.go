@@ -11,6 +11,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/latchkey-dev/latchkey/pkg/audit"
 	"github.com/latchkey-dev/latchkey/pkg/credserver"
 	"github.com/latchkey-dev/latchkey/pkg/evidence"
 )
@@ -22,6 +23,10 @@ type observer struct {
 	m     *metrics
 	log   *slog.Logger
 	queue chan credserver.Record
+	// enrich looks up, outside of the request path, what people want to know of
+	// a record. It may be nil.
+	enrich  func(*audit.Record)
+	denials audit.Denials
 
 	// Looked up by status and reason without making label strings.
 	responses map[int]prometheus.Counter
@@ -32,6 +37,10 @@ type observer struct {
 	// logInterval.
 	logged map[logKey]time.Time
 }
+
+// Denials lists the recent refusals, and what was served although enforce mode
+// would have refused, newest first: audit.MaxDenials kinds at most.
+func (a *Agent) Denials() []audit.Denial { return a.observer.denials.List() }
 
 // lastVerdict is what became of a pod's last request.
 type lastVerdict struct {
@@ -52,9 +61,9 @@ const (
 	maxLogKeys  = 4096
 )
 
-func newObserver(m *metrics, log *slog.Logger) *observer {
+func newObserver(m *metrics, log *slog.Logger, enrich func(*audit.Record)) *observer {
 	o := &observer{
-		m: m, log: log,
+		m: m, log: log, enrich: enrich,
 		queue:     make(chan credserver.Record, 1024),
 		responses: map[int]prometheus.Counter{},
 		pods:      map[evidence.PodUID]lastVerdict{},
@@ -130,6 +139,14 @@ func (o *observer) handle(r credserver.Record) {
 	if r.Status == 200 && !r.Verdict.Report {
 		return
 	}
+	if r.Reason != credserver.ReasonNotFound {
+		// Somebody's probe is no refusal of credentials.
+		denied := auditRecord(&r)
+		if o.enrich != nil {
+			o.enrich(&denied)
+		}
+		o.denials.Add(&denied)
+	}
 	if !o.mayLog(logKey{r.Attestation.Pod, r.Reason}) {
 		return
 	}
@@ -156,6 +173,20 @@ func (o *observer) handle(r credserver.Record) {
 		attrs = append(attrs, slog.Any("error", r.Err))
 	}
 	o.log.LogAttrs(context.Background(), level, text, attrs...)
+}
+
+// auditRecord is a request's record as the audit has it.
+func auditRecord(r *credserver.Record) audit.Record {
+	t := &r.Token
+	if r.Claimed.Subject != (evidence.Subject{}) {
+		t = &r.Claimed
+	}
+	return audit.Record{
+		Time: r.Start, Latency: r.Latency, Status: r.Status, Reason: r.Reason,
+		Shadow: r.Verdict.Report && r.Status == 200, Hit: r.Hit,
+		Attestation: r.Attestation, Token: *t, Role: r.Role, Association: r.Association,
+		Peer: r.Peer, Told: r.Told, Err: r.Err,
+	}
 }
 
 func (o *observer) mayLog(k logKey) bool {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"net/netip"
 	"os"
 	"runtime/debug"
 	"sync/atomic"
@@ -40,6 +41,7 @@ type conn struct {
 	server  *Server
 	account *account
 	live    Liveness
+	peer    netip.AddrPort
 
 	// readBy and writeBy are deadlines on Server.coarse; 0: none.
 	readBy  atomic.Int64
@@ -61,7 +63,7 @@ type conn struct {
 
 // start takes a connection over from a listener.
 func (s *Server) start(nc net.Conn) {
-	c := &conn{Conn: nc, server: s}
+	c := &conn{Conn: nc, server: s, peer: peerOf(nc)}
 	c.readBy.Store(s.coarse.Load() + int64(s.headTimeout))
 	s.mu.Lock()
 	if s.stopping.Load() {
@@ -72,6 +74,16 @@ func (s *Server) start(nc net.Conn) {
 	s.conns[c] = struct{}{}
 	s.mu.Unlock()
 	go s.run(c)
+}
+
+// peerOf is the client's end, as IPv4 where it is IPv4.
+func peerOf(nc net.Conn) netip.AddrPort {
+	tcp, ok := nc.RemoteAddr().(*net.TCPAddr)
+	if !ok {
+		return netip.AddrPort{}
+	}
+	end := tcp.AddrPort()
+	return netip.AddrPortFrom(end.Addr().Unmap(), end.Port())
 }
 
 // run serves one connection to its end.
@@ -110,6 +122,8 @@ func (s *Server) turnAway(c *conn, a *account) {
 		Reason:      evidence.ReasonRateLimited,
 		Attestation: c.input.Attestation,
 		Start:       s.now(),
+		Peer:        c.peer,
+		Told:        tooManyConnectionsText,
 	})
 	defer a.turned.Add(-1)
 	if a.turned.Add(1) > atOnce {

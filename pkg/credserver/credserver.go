@@ -116,6 +116,14 @@ type KeyGenerations interface {
 	KeyGeneration() uint64
 }
 
+// ClaimReader may be implemented by a TokenVerifier that can read a token that
+// it refused, for Record.Claimed.
+type ClaimReader interface {
+	// Claims gives what the token says of itself, unchecked, and false if it
+	// cannot be read.
+	Claims(raw string) (evidence.Token, bool)
+}
+
 // CredentialRequest is what Credentials.Get is asked.
 type CredentialRequest struct {
 	// Token is whom the credentials are for. It passed the verdict.
@@ -141,6 +149,9 @@ type Credential struct {
 	Expiry time.Time
 	// Hit: answered without waiting for the upstream.
 	Hit bool
+	// Role is the ARN of the assumed-role session and Association the id of what
+	// gave it, for the Observer.
+	Role, Association string
 }
 
 // Credentials gives out credentials, from memory or from upstream. Get is
@@ -225,6 +236,7 @@ type Server struct {
 	attestor    Attestor
 	tokens      TokenVerifier
 	generations KeyGenerations
+	claims      ClaimReader
 	credentials Credentials
 	policy      verdict.Policy
 	hosts       []string
@@ -316,6 +328,7 @@ func New(cfg Config) (*Server, error) {
 		s.now = time.Now
 	}
 	s.generations, _ = cfg.Tokens.(KeyGenerations)
+	s.claims, _ = cfg.Tokens.(ClaimReader)
 	s.epoch = s.now()
 	s.wrongHost = fmt.Sprintf("Access Denied. Called agent through invalid address, please use either %v address not ", s.hosts)
 	s.tick = max(min(s.headTimeout, s.idleTimeout, s.writeTimeout)/4, 10*time.Millisecond)

@@ -55,7 +55,7 @@ func (s *Server) handle(ctx *fasthttp.RequestCtx) {
 }
 
 func (s *Server) finish(c *conn, rec *Record) {
-	rec.Attestation = c.input.Attestation
+	rec.Attestation, rec.Peer = c.input.Attestation, c.peer
 	rec.Latency = s.now().Sub(rec.Start)
 	s.observe(*rec)
 }
@@ -115,6 +115,9 @@ func (s *Server) answer(ctx *fasthttp.RequestCtx, c *conn, now time.Time, rec *R
 	v := verdict.Decide(in)
 	if v.Outcome == verdict.RefuseToken {
 		rec.Err = refused.err
+		if s.claims != nil && s.observer != nil && len(raw) > 0 {
+			rec.Claimed = s.claimed(raw)
+		}
 		s.refuse(ctx, c, refused, rec)
 		return
 	}
@@ -149,8 +152,19 @@ func (s *Server) answer(ctx *fasthttp.RequestCtx, c *conn, now time.Time, rec *R
 		}
 	}
 	rec.Status, rec.Reason, rec.Hit = fasthttp.StatusOK, v.Reason, cred.Hit
+	rec.Role, rec.Association = cred.Role, cred.Association
 	ctx.Response.Header.SetContentTypeBytes(contentJSON)
 	ctx.Response.SetBodyRaw(cred.Body)
+}
+
+// claimed reads a refused token for the record. What it gives is never Verified.
+func (s *Server) claimed(raw []byte) evidence.Token {
+	t, ok := s.claims.Claims(string(raw))
+	if !ok {
+		return evidence.Token{}
+	}
+	t.Verified = false
+	return t
 }
 
 // admit charges the request to the connection's account.

@@ -3,6 +3,7 @@
 package credserver
 
 import (
+	"net/netip"
 	"time"
 
 	"github.com/latchkey-dev/latchkey/pkg/evidence"
@@ -34,8 +35,17 @@ type Record struct {
 	Attestation evidence.Attestation
 	// Token is the accepted token; zero if there was none.
 	Token evidence.Token
+	// Claimed is what a token says of itself that was not accepted, if the
+	// TokenVerifier can tell (ClaimReader). Anybody may have written it.
+	Claimed evidence.Token
 	// Hit: answered from the cache.
 	Hit bool
+	// Role and Association are the credentials'; empty if refused.
+	Role, Association string
+	// Peer is the client's end of the connection; zero if that is not TCP.
+	Peer netip.AddrPort
+	// Told is the text that the client was given instead of credentials.
+	Told string
 	// Start is when the request's head had been read, Latency the time from
 	// there until the answer was handed over for writing.
 	Start   time.Time

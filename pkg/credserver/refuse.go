@@ -28,6 +28,8 @@ const (
 	maxUpstreamText   = 2 << 10
 	maxEchoedHost     = 256
 	retryAfterSeconds = "1"
+
+	tooManyConnectionsText = "Too Many Requests"
 )
 
 var (
@@ -40,7 +42,7 @@ var (
 		"Retry-After: " + retryAfterSeconds + "\r\n" +
 		"Connection: close\r\n" +
 		"Content-Length: 18\r\n\r\n" +
-		"Too Many Requests\n")
+		tooManyConnectionsText + "\n")
 )
 
 // refusal is an answer without credentials.
@@ -60,7 +62,7 @@ type refusal struct {
 // that say they read it. The Go SDK reads code and message, the JavaScript SDK
 // Code and Message.
 func (s *Server) refuse(ctx *fasthttp.RequestCtx, _ *conn, r refusal, rec *Record) {
-	rec.Status, rec.Reason = r.status, r.reason
+	rec.Status, rec.Reason, rec.Told = r.status, r.reason, r.text
 	resp := &ctx.Response
 	resp.ResetBody()
 	resp.SetStatusCode(r.status)
