@@ -8,7 +8,10 @@
 // decides whose a connection is. The cgroup tree decides whether that pod
 // lives; inotify only makes the end known sooner. /proc tells which network
 // namespace is a pod's, as a third check that can refuse but never attribute.
-// The container runtime and the API server are not asked.
+//
+// What pods and containers are called is another matter, for people and the
+// audit record only: Runtime learns it from containerd or CRI-O, beside all
+// this. Index never asks it, and the API server is not asked by either.
 package pods
 
 import (

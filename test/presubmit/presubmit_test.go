@@ -285,6 +285,8 @@ func TestDependenciesInTheirPlace(t *testing.T) {
 	for prefix, places := range map[string][]string{
 		"github.com/valyala/fasthttp":   {"pkg/credserver", "test/", "bench/"},
 		"github.com/cilium/ebpf":        {"bpf", "pkg/attribution", "test/", "demo"},
+		"github.com/containerd/":        {"pkg/pods", "test/"},
+		"google.golang.org/grpc":        {"pkg/pods", "pkg/etcd", "test/"},
 		"github.com/vishvananda/":       {"pkg/linklocal", "pkg/pods", "test/", "demo"},
 		"github.com/spf13/cobra":        {"cmd/", "pkg/commandline"},
 		"github.com/go-jose/":           {"pkg/satoken", "test/"},
