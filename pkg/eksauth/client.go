@@ -123,6 +123,8 @@ type Client struct {
 	// skew is added to the clock when signing, in nanoseconds: nodes with a
 	// wrong clock would else be refused for ever.
 	skew atomic.Int64
+	// memory is for State.
+	memory memory
 }
 
 // Errors of New.
@@ -217,6 +219,7 @@ func (c *Client) AssumeRoleForPodIdentity(ctx context.Context, token string) (*R
 	for n := 1; ; n++ {
 		started := c.cfg.Now()
 		result, status, err := c.attempt(ctx, body, token)
+		c.noteOutcome(err)
 		if c.cfg.Observe != nil {
 			c.cfg.Observe(Attempt{Number: n, Status: status, Class: ClassOf(err), Duration: c.cfg.Now().Sub(started)})
 		}
@@ -254,6 +257,7 @@ func (c *Client) attempt(ctx context.Context, body []byte, token string) (*Resul
 	ctx, cancel := context.WithTimeout(ctx, c.cfg.AttemptTimeout)
 	defer cancel()
 	creds, err := c.cfg.Credentials.Retrieve(ctx)
+	c.noteCredentials(creds, err)
 	if err != nil {
 		return nil, 0, fmt.Errorf("%w: %w", ErrNodeCredentials, err)
 	}
@@ -274,6 +278,7 @@ func (c *Client) attempt(ctx context.Context, body []byte, token string) (*Resul
 		return nil, 0, fmt.Errorf("%w: %w", ErrUnavailable, hideURL(err))
 	}
 	defer func() { _ = res.Body.Close() }()
+	c.noteDate(res.Header)
 	answer, err := io.ReadAll(io.LimitReader(res.Body, maxAnswer+1))
 	if err != nil {
 		return nil, res.StatusCode, fmt.Errorf("%w: reading the answer: %w", ErrUnavailable, err)
