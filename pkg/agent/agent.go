@@ -55,6 +55,7 @@ type Agent struct {
 	observer  *observer
 	metrics   *metrics
 	ready     readiness
+	admin     adminState
 	stopping  atomic.Bool
 }
 
@@ -108,6 +109,7 @@ func Run(ctx context.Context, cfg Config) error {
 	if err != nil {
 		return err
 	}
+	a.admin.upstream = client
 	if a.cache, err = credcache.New(credcache.Config{
 		Upstream: upstream{client}, Audience: cfg.Audience,
 		Disabled:   cfg.MaxRetention == 0 || cfg.MaxCacheSize == 0,
@@ -135,6 +137,7 @@ func Run(ctx context.Context, cfg Config) error {
 	case enforcedAnywhere(cfg.Policy):
 		return fmt.Errorf("%w (--attestation=audit starts without, and serves stolen tokens): %w", ErrCannotAttest, err)
 	default:
+		a.admin.cannotAttest = err
 		a.node = nil
 		a.attestor = newAttestor(nil, nil, levels.logger(LogEndpoint))
 		a.log.Warn("this node cannot attest connections; the mode allows to go on without", "error", err)
@@ -188,6 +191,7 @@ func Run(ctx context.Context, cfg Config) error {
 		return err
 	}
 	if keeper != nil {
+		a.admin.keeper = keeper
 		wg.Go(func() {
 			if err := keeper.Run(background); err != nil {
 				a.log.Error("the link-local addresses are no longer kept", "error", err)
@@ -268,6 +272,7 @@ func (a *Agent) podSeen(p *pods.Pod) { a.cache.AdmitPod(p.UID) }
 // podEnded is called by the pod index, in its goroutine.
 func (a *Agent) podEnded(p *pods.Pod) {
 	a.cache.DropPod(p.UID)
+	a.admin.podEnded(p, a.observer)
 	a.observer.forget(p.UID)
 }
 
