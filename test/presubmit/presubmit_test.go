@@ -288,7 +288,7 @@ func TestDependenciesInTheirPlace(t *testing.T) {
 		"github.com/containerd/":        {"pkg/pods", "test/"},
 		"google.golang.org/grpc":        {"pkg/pods", "pkg/etcd", "test/"},
 		"github.com/vishvananda/":       {"pkg/linklocal", "pkg/pods", "test/", "demo"},
-		"github.com/spf13/cobra":        {"cmd/", "pkg/commandline"},
+		"github.com/spf13/cobra":        {"cmd/", "pkg/commandline", "test/cluster/"},
 		"github.com/go-jose/":           {"pkg/satoken", "test/"},
 		"k8s.io/":                       {"pkg/association", "pkg/webhook", "pkg/addon", "pkg/server", "test/", "cmd/latchkey-server"},
 		"github.com/sirupsen/logrus":    nil,
