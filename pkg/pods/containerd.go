@@ -107,9 +107,7 @@ func (r *Runtime) follow(ctx context.Context, socket string) (worked bool, err e
 		}),
 		grpc.WithNoProxy(),
 		grpc.WithDisableServiceConfig(),
-		// To the socket of a containerd that was replaced, grpc would connect
-		// again by itself and lose events unnoticed; the stream's end is ours
-		// to act on.
+		// After a reconnect all is listed again, so no call is repeated unseen.
 		grpc.WithDisableRetry(),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage)),
 	)

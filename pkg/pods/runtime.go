@@ -78,7 +78,8 @@ type RuntimeStatus struct {
 	// reconnects.
 	Connects uint64 `json:"connects"`
 	// Pods and Containers are how many are known by name; sandboxes count as
-	// containers. Dropped are those beyond the bounds.
+	// containers. Dropped counts records that were left out at a bound, at each
+	// look.
 	Pods       int    `json:"pods"`
 	Containers int    `json:"containers"`
 	Dropped    uint64 `json:"dropped"`
