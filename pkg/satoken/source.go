@@ -300,7 +300,9 @@ func getter(roots *x509.CertPool, proxy func(*http.Request) (*url.URL, error), t
 		if err != nil {
 			return nil, fmt.Errorf("making a request: %w", err)
 		}
-		request.Header.Set("Accept", "application/json")
+		// The API server answers 406 to whoever does not ask for the media type of
+		// RFC 7517 when it serves keys; discovery documents are plain JSON.
+		request.Header.Set("Accept", "application/jwk-set+json, application/json")
 		if token != "" {
 			request.Header.Set("Authorization", "Bearer "+token)
 		}

@@ -186,17 +186,23 @@ func Discovery(issuer, jwksURI string) []byte {
 // DiscoveryHandler answers like an API server's service-account issuer
 // discovery: /.well-known/openid-configuration and /openid/v1/jwks. keys is
 // called at each request, so that a test can change keys; jwksURI is what the
-// discovery document names.
+// discovery document names. Like an API server it answers 406 to a request that
+// does not accept what it serves.
 func DiscoveryHandler(issuer, jwksURI string, keys func() []byte) http.Handler {
+	answer := func(mediaType string, document func() []byte) http.HandlerFunc {
+		return func(w http.ResponseWriter, r *http.Request) {
+			accept := strings.Join(r.Header.Values("Accept"), ",")
+			if accept != "" && !strings.Contains(accept, mediaType) && !strings.Contains(accept, "*/*") {
+				http.Error(w, "not acceptable", http.StatusNotAcceptable)
+				return
+			}
+			w.Header().Set("Content-Type", mediaType)
+			_, _ = w.Write(document())
+		}
+	}
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /.well-known/openid-configuration", func(w http.ResponseWriter, _ *http.Request) {
-		w.Header().Set("Content-Type", "application/json")
-		_, _ = w.Write(Discovery(issuer, jwksURI))
-	})
-	mux.HandleFunc("GET /openid/v1/jwks", func(w http.ResponseWriter, _ *http.Request) {
-		w.Header().Set("Content-Type", "application/jwk-set+json")
-		_, _ = w.Write(keys())
-	})
+	mux.HandleFunc("GET /.well-known/openid-configuration", answer("application/json", func() []byte { return Discovery(issuer, jwksURI) }))
+	mux.HandleFunc("GET /openid/v1/jwks", answer("application/jwk-set+json", keys))
 	return mux
 }
 
