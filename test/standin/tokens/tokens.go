@@ -26,6 +26,7 @@ import (
 	"maps"
 	"math/big"
 	"net/http"
+	"strings"
 	"time"
 )
 
