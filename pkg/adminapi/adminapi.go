@@ -151,7 +151,7 @@ type UpstreamError struct {
 
 // Denial is one refusal, or several of the same kind in a row.
 type Denial struct {
-	// Seq grows with each change; ask with ?after=SEQ for what came later.
+	// Seq is the newest refusal's; ask with ?after=SEQ for what came later.
 	Seq uint64 `json:"seq"`
 	// First and Last are the times of the first and last of Count refusals.
 	First time.Time `json:"first"`
@@ -175,13 +175,17 @@ type Denial struct {
 	PID     uint32 `json:"pid,omitempty"`
 	Process string `json:"process,omitempty"`
 	UID     uint32 `json:"uid"`
-	// The token's, if it was one of this cluster.
+	// What the token says of itself; unless TokenVerified, anybody may have
+	// written it. Empty if there was none that could be read.
 	TokenPodUID         string     `json:"token_pod_uid,omitempty"`
 	TokenNamespace      string     `json:"token_namespace,omitempty"`
 	TokenServiceAccount string     `json:"token_service_account,omitempty"`
 	TokenPod            string     `json:"token_pod,omitempty"`
 	TokenJTI            string     `json:"token_jti,omitempty"`
+	TokenVerified       bool       `json:"token_verified,omitempty"`
 	TokenExpires        *time.Time `json:"token_expires,omitempty"`
+	// Peer is the client's end of the connection.
+	Peer string `json:"peer,omitempty"`
 	// Upstream is set if EKS Auth refused or failed.
 	Upstream *UpstreamError `json:"upstream,omitempty"`
 	// Detail is the cause as the agent logs it.

@@ -10,18 +10,17 @@ import (
 	"io/fs"
 	"net"
 	"net/http"
-	"net/netip"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/latchkey-dev/latchkey/pkg/adminapi"
-	"github.com/latchkey-dev/latchkey/pkg/cgroup"
+	"github.com/latchkey-dev/latchkey/pkg/eksauth"
 	"github.com/latchkey-dev/latchkey/pkg/evidence"
-	"github.com/latchkey-dev/latchkey/pkg/pods"
+	"github.com/latchkey-dev/latchkey/pkg/satoken"
 )
 
 // listenAdmin makes the socket in a directory of root's alone; the permissions
@@ -91,35 +90,59 @@ func peerUID(c *net.UnixConn) (uint32, error) {
 	return cred.Uid, nil
 }
 
+// errNotImplemented: this agent was built or configured without it.
+var errNotImplemented = errors.New("not supported by this agent")
+
+// adminHandler serves pkg/adminapi.
 func (a *Agent) adminHandler() http.Handler {
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET "+adminapi.PathStatus, func(w http.ResponseWriter, _ *http.Request) { writeJSON(w, http.StatusOK, a.status()) })
-	mux.HandleFunc("GET "+adminapi.PathPods, func(w http.ResponseWriter, _ *http.Request) {
-		writeJSON(w, http.StatusOK, adminapi.Pods{Pods: a.pods()})
-	})
-	mux.HandleFunc("GET "+adminapi.PathWhois, func(w http.ResponseWriter, r *http.Request) {
-		who, err := a.whois(r.URL.Query().Get("q"))
-		switch {
-		case err == nil:
-			writeJSON(w, http.StatusOK, who)
-		case errors.Is(err, adminapi.ErrInvalid):
-			writeJSON(w, http.StatusBadRequest, adminapi.Problem{Error: problemText(err)})
-		case errors.Is(err, adminapi.ErrNotFound):
-			writeJSON(w, http.StatusNotFound, adminapi.Problem{Error: problemText(err)})
-		default:
-			writeJSON(w, http.StatusInternalServerError, adminapi.Problem{Error: err.Error()})
-		}
-	})
+	handle := func(pattern string, f func(*http.Request) (any, error)) {
+		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
+			answer, err := f(r)
+			if err != nil {
+				writeJSON(w, statusOf(err), adminapi.Problem{Error: problemText(err)})
+				return
+			}
+			writeJSON(w, http.StatusOK, answer)
+		})
+	}
+	query := func(name string, f func(string) (any, error)) func(*http.Request) (any, error) {
+		return func(r *http.Request) (any, error) { return f(r.URL.Query().Get(name)) }
+	}
+	handle("GET "+adminapi.PathStatus, func(*http.Request) (any, error) { return a.status(), nil })
+	handle("GET "+adminapi.PathPods, func(*http.Request) (any, error) { return adminapi.Pods{Pods: a.pods()}, nil })
+	handle("GET "+adminapi.PathWhois, query("q", func(q string) (any, error) { return a.whois(q) }))
+	handle("GET "+adminapi.PathFacts, query("q", func(q string) (any, error) { return a.facts(q) }))
+	handle("GET "+adminapi.PathDenials, query("after", func(after string) (any, error) { return a.denialsAfter(after) }))
+	handle("GET "+adminapi.PathCache, func(*http.Request) (any, error) { return a.cacheState(), nil })
+	handle("POST "+adminapi.PathCacheDrop, query("subject", func(s string) (any, error) { return a.dropCached(s) }))
+	handle("POST "+adminapi.PathCacheRefresh, query("subject", func(s string) (any, error) { return a.refreshCached(s) }))
+	handle("POST "+adminapi.PathToken, a.checkToken)
+	handle("POST "+adminapi.PathUpstream, a.reachUpstream)
+	handle("GET "+adminapi.PathLogLevel, func(*http.Request) (any, error) { return a.logLevels() })
+	handle("PUT "+adminapi.PathLogLevel, a.setLogLevel)
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		writeJSON(w, http.StatusNotFound, adminapi.Problem{Error: "this agent knows no " + r.URL.Path})
 	})
 	return mux
 }
 
+func statusOf(err error) int {
+	switch {
+	case errors.Is(err, adminapi.ErrInvalid):
+		return http.StatusBadRequest
+	case errors.Is(err, adminapi.ErrNotFound):
+		return http.StatusNotFound
+	case errors.Is(err, errNotImplemented):
+		return http.StatusNotImplemented
+	}
+	return http.StatusInternalServerError
+}
+
 // problemText leaves out the sentinel's text, which the client adds again.
 func problemText(err error) string {
 	t := err.Error()
-	for _, s := range []error{adminapi.ErrInvalid, adminapi.ErrNotFound} {
+	for _, s := range []error{adminapi.ErrInvalid, adminapi.ErrNotFound, errNotImplemented} {
 		t = strings.TrimPrefix(t, s.Error()+": ")
 	}
 	return t
@@ -139,6 +162,8 @@ func (a *Agent) status() adminapi.Status {
 		Fallbacks:   a.fallbacks(),
 		Keys:        a.tokens.what,
 		Listeners:   a.listeners.list(),
+		Time:        time.Now(), PID: os.Getpid(), Audience: a.audience(),
+		Upstream: a.upstreamState(),
 	}
 	if len(a.cfg.Policy.Namespaces) > 0 {
 		s.Exceptions = map[string]string{}
@@ -146,8 +171,13 @@ func (a *Agent) status() adminapi.Status {
 			s.Exceptions[ns] = m.String()
 		}
 	}
+	if a.admin.cannotAttest != nil {
+		s.CannotAttest = a.admin.cannotAttest.Error()
+	}
 	if a.node != nil {
-		s.Kubepods, s.AttachedAt = a.node.root.Path(), a.node.attachAt
+		s.Kubepods, s.AttachedAt, s.CgroupMount = a.node.root.Path(), a.node.attachAt, a.node.mount.Point
+		kernel := a.node.kernel.Status()
+		s.Pins, s.ReusedLinks = kernel.Directory, kernel.ReusedLinks
 		if events, err := a.node.kernel.Events(); err == nil {
 			s.BPF = make(map[string]uint64, len(events))
 			for _, e := range events {
@@ -155,7 +185,24 @@ func (a *Agent) status() adminapi.Status {
 			}
 		}
 	}
+	if k := a.admin.keeper; k != nil {
+		r := k.State()
+		for _, at := range r.Addresses {
+			addr := adminapi.Address{Address: at.Address.String(), Present: at.Present, Link: r.Link, Repairs: at.Repairs}
+			if at.Err != nil {
+				addr.Error = at.Err.Error()
+			}
+			s.Addresses = append(s.Addresses, addr)
+		}
+	}
 	return s
+}
+
+func (a *Agent) audience() string {
+	if a.cfg.Audience != "" {
+		return a.cfg.Audience
+	}
+	return satoken.DefaultAudience
 }
 
 func (a *Agent) fallbacks() []string {
@@ -165,184 +212,72 @@ func (a *Agent) fallbacks() []string {
 	return a.node.kernel.Status().Fallbacks
 }
 
-// pods joins what the kernel says of the node with what the cache holds.
-func (a *Agent) pods() []adminapi.Pod {
-	cached := a.cached()
-	var out []adminapi.Pod
-	if a.node != nil {
-		for _, info := range a.node.index.List() {
-			out = append(out, a.describe(info.UID, info.Path, string(info.QoS), cached))
-		}
-		return out
+// upstreamState tells how calls of EKS Auth went.
+func (a *Agent) upstreamState() adminapi.Upstream {
+	c := a.admin.upstream
+	if c == nil {
+		return adminapi.Upstream{Credentials: adminapi.NodeCredentials{State: "unknown"}}
 	}
-	// Without the kernel's list: the pods that asked.
-	for uid := range cached {
-		out = append(out, a.describe(uid, "", "", cached))
+	s := c.State()
+	u := adminapi.Upstream{
+		Endpoint: c.Endpoint(), LastCall: timeOrNil(s.LastCall), LastSuccess: timeOrNil(s.LastSuccess),
+		LastError: upstreamError(reasonOf(eksauth.ClassOf(s.LastError)), s.LastError), ClockSkewAt: timeOrNil(s.SkewAt),
+		Credentials: adminapi.NodeCredentials{State: "unknown", Source: s.Credentials.Source, Expires: timeOrNil(s.Credentials.Expires)},
+	}
+	if !s.SkewAt.IsZero() {
+		u.ClockSkew = seconds(s.Skew)
+	}
+	switch {
+	case s.Credentials.Err != nil:
+		u.Credentials.State, u.Credentials.Error = "missing", s.Credentials.Err.Error()
+	case s.Credentials.Refused:
+		u.Credentials.State = "refused"
+	case s.Credentials.Source != "":
+		u.Credentials.State = "ok"
+	}
+	return u
+}
+
+// upstreamError describes a failed call; nil for none.
+func upstreamError(reason evidence.Reason, err error) *adminapi.UpstreamError {
+	if err == nil {
+		return nil
+	}
+	out := &adminapi.UpstreamError{Reason: string(reason), Message: err.Error()}
+	var api *eksauth.APIError
+	if errors.As(err, &api) {
+		out.Status, out.Code, out.Message, out.RequestID = api.Status, api.Code, api.Message, api.RequestID
 	}
 	return out
 }
 
-func (a *Agent) describe(uid evidence.PodUID, cgroupPath, qos string, cached map[evidence.PodUID]cachedPod) adminapi.Pod {
-	p := adminapi.Pod{UID: string(uid), Cgroup: cgroupPath, QoS: qos, Credentials: "none"}
-	if c, ok := cached[uid]; ok {
-		p.Namespace, p.ServiceAccount = c.namespace, c.serviceAccount
-		p.Role, p.Association, p.Credentials, p.Expires = c.role, c.association, c.state, c.expires
-		if !c.lastUsed.IsZero() {
-			used := c.lastUsed
-			p.LastAsked, p.Verdict = &used, string(evidence.ReasonServed)
-		}
+// reachUpstream makes one request that asks for nothing.
+func (a *Agent) reachUpstream(r *http.Request) (any, error) {
+	c := a.admin.upstream
+	if c == nil {
+		return nil, errNotImplemented
 	}
-	if last, ok := a.observer.last(uid); ok {
-		if s := last.Token.Subject; s.PodUID != "" {
-			p.Namespace, p.ServiceAccount, p.Name = s.Namespace, s.ServiceAccount, last.Token.PodName
-		}
-		if p.LastAsked == nil || last.At.After(*p.LastAsked) {
-			at := last.At
-			p.LastAsked, p.Verdict = &at, string(last.Reason)
-			switch {
-			case last.Shadow:
-				p.Verdict = "served despite " + p.Verdict
-			case last.Status != http.StatusOK:
-				p.Verdict = fmt.Sprintf("refused %d %s", last.Status, last.Reason)
-			}
-		}
-	}
-	return p
-}
-
-// whois follows the evidence from what was asked to a pod, as far as it goes.
-func (a *Agent) whois(query string) (adminapi.Whois, error) {
-	who := adminapi.Whois{Query: query}
-	step := func(what, value, source string) {
-		who.Steps = append(who.Steps, adminapi.Step{What: what, Value: value, Source: source})
-	}
-	if a.node == nil {
-		return who, fmt.Errorf("%w: this agent does not attest, so it knows no cgroups", adminapi.ErrNotFound)
-	}
-	var cgroupPath string
-	switch {
-	case query == "":
-		return who, fmt.Errorf("%w: give a pid, ip:port, cgroup path, cgroup:ID or pod UID", adminapi.ErrInvalid)
-	case strings.HasPrefix(query, "/"):
-		cgroupPath = strings.TrimSuffix(strings.TrimPrefix(query, strings.TrimSuffix(a.node.mount.Point, "/")), "/")
-		id, err := a.node.resolver.ID(cgroupPath)
-		if err != nil {
-			return who, fmt.Errorf("%w: no cgroup %s: %w", adminapi.ErrNotFound, cgroupPath, err)
-		}
-		step("cgroup", cgroupPath, "as asked")
-		step("cgroup id", id.String(), "kernel, name_to_handle_at")
-	case strings.HasPrefix(query, "cgroup:"):
-		id, err := strconv.ParseUint(query[len("cgroup:"):], 10, 64)
-		if err != nil {
-			return who, fmt.Errorf("%w: %q: a cgroup id is a decimal number", adminapi.ErrInvalid, query)
-		}
-		if cgroupPath, err = a.node.resolver.Path(evidence.CgroupID(id)); err != nil {
-			return who, fmt.Errorf("%w: cgroup id %d: %w", adminapi.ErrNotFound, id, err)
-		}
-		step("cgroup", cgroupPath, "kernel, open_by_handle_at")
-	default:
-		if end, err := netip.ParseAddrPort(query); err == nil {
-			c, ok := a.attestor.recent.find(end)
-			if !ok {
-				return who, fmt.Errorf("%w: no recent connection from %s (the last %d are remembered)", adminapi.ErrNotFound, end, maxRecent)
-			}
-			conn := c.att.Connection
-			step("connection", end.String(), "accepted "+c.at.UTC().Format("15:04:05"))
-			step("finding", c.att.Finding.String(), "evidence rules")
-			if c.att.Reason != "" {
-				step("reason", string(c.att.Reason), "evidence rules")
-			}
-			if c.att.Finding == evidence.FindingNone && conn == (evidence.Connection{}) {
-				return who, nil
-			}
-			step("process", fmt.Sprintf("%d, user %d", conn.TGID, conn.UID), "kernel, at connect")
-			step("network namespace", fmt.Sprintf("inode %d, cookie %d", conn.NetnsInode, conn.NetnsCookie), "kernel, client socket")
-			if conn.SocketCgroup != conn.TaskCgroup {
-				if p, err := a.node.resolver.Path(conn.SocketCgroup); err == nil {
-					step("socket's cgroup", p, "kernel, sk_cgrp_data")
-				}
-			}
-			p, err := a.node.resolver.Path(conn.TaskCgroup)
-			if err != nil {
-				step("cgroup", "gone, was id "+conn.TaskCgroup.String(), "kernel, at connect")
-				return who, nil
-			}
-			cgroupPath = p
-			step("cgroup", p, "kernel, connecting task")
-			break
-		}
-		if pid, err := strconv.Atoi(query); err == nil {
-			if pid <= 0 {
-				return who, fmt.Errorf("%w: pid %d", adminapi.ErrInvalid, pid)
-			}
-			p, err := a.node.processCgroup(pid)
-			if err != nil {
-				return who, fmt.Errorf("%w: process %d: %w", adminapi.ErrNotFound, pid, err)
-			}
-			cgroupPath = p
-			step("process", query, "as asked, in the agent's pid namespace")
-			step("cgroup", p, "kernel, /proc/"+query+"/cgroup")
-			break
-		}
-		for _, info := range a.node.index.List() {
-			if string(info.UID) == strings.ToLower(query) {
-				cgroupPath = info.Path
-				step("cgroup", info.Path, "cgroup tree")
-			}
-		}
-		if cgroupPath == "" {
-			return who, fmt.Errorf("%w: %q is no pid, ip:port, cgroup path or cgroup:ID, and no pod of this node has that UID", adminapi.ErrNotFound, query)
-		}
-	}
-	ref, err := a.node.root.Parse(cgroupPath)
+	out := adminapi.Reached{Endpoint: c.Endpoint()}
+	got, err := c.Reach(r.Context())
 	if err != nil {
-		if errors.Is(err, cgroup.ErrNotPod) {
-			step("pod", "none: outside "+a.node.root.Path(), "cgroup path")
-			return who, nil
-		}
-		return who, err
+		out.Error = err.Error()
+		return out, nil
 	}
-	if ref.ContainerID != "" {
-		step("container", ref.ContainerID, "cgroup path, for display")
+	out.Status, out.Milliseconds = got.Status, got.Took.Milliseconds()
+	if got.HasSkew {
+		out.ClockSkew = seconds(got.Skew)
 	}
-	if info, ok := a.findPod(ref.UID); ok && info.Netns != 0 {
-		step("sandbox", fmt.Sprintf("process %d, network namespace %d", info.Sandbox, info.Netns), "/proc")
-	}
-	pod := a.describe(ref.UID, ref.Path, string(ref.QoS), a.cached())
-	who.Pod = &pod
-	return who, nil
+	return out, nil
 }
 
-func (a *Agent) findPod(uid evidence.PodUID) (pods.Info, bool) {
-	for _, info := range a.node.index.List() {
-		if info.UID == uid {
-			return info, true
-		}
+func timeOrNil(t time.Time) *time.Time {
+	if t.IsZero() {
+		return nil
 	}
-	return pods.Info{}, false
+	return &t
 }
 
-// processCgroup reads a process's cgroup v2 path and makes it one below the
-// mount.
-func (n *node) processCgroup(pid int) (string, error) {
-	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
-	if err != nil {
-		return "", err
-	}
-	for line := range strings.SplitSeq(string(data), "\n") {
-		p, ok := strings.CutPrefix(line, "0::")
-		if !ok {
-			continue
-		}
-		root := strings.TrimSuffix(n.mount.Root, "/")
-		if p == root {
-			return "/", nil
-		}
-		rest, ok := strings.CutPrefix(p, root+"/")
-		if !ok {
-			return "", fmt.Errorf("its cgroup %s is outside what the agent sees", p)
-		}
-		return "/" + rest, nil
-	}
-	return "", errors.New("it has no cgroup v2 entry")
+func seconds(d time.Duration) *float64 {
+	s := d.Seconds()
+	return &s
 }

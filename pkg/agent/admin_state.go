@@ -20,6 +20,8 @@ type adminState struct {
 	upstream     *eksauth.Client
 	keeper       *linklocal.Keeper
 	cannotAttest error
+	// names is nil if no container runtime is asked.
+	names podNames
 
 	mu    sync.Mutex
 	ended []endedPod // oldest first, at most maxEnded
