@@ -23,6 +23,7 @@ import (
 	"github.com/latchkey-dev/latchkey/pkg/adminapi"
 	"github.com/latchkey-dev/latchkey/pkg/agent"
 	"github.com/latchkey-dev/latchkey/pkg/attribution"
+	"github.com/latchkey-dev/latchkey/pkg/audit"
 	"github.com/latchkey-dev/latchkey/pkg/commandline"
 	"github.com/latchkey-dev/latchkey/pkg/credcache"
 	"github.com/latchkey-dev/latchkey/pkg/linklocal"
@@ -112,6 +113,7 @@ func newServer(out io.Writer, verbosity *string) *cobra.Command {
 			}
 			// The levels are the agent's, as they can be changed while it runs.
 			cfg.Logger = slog.New(slog.NewJSONHandler(out, &slog.HandlerOptions{Level: slog.LevelDebug}))
+			cfg.Audit.Stdout = out
 			cfg.Version = commandline.Version(version)
 			log := slog.New(slog.NewJSONHandler(out, &slog.HandlerOptions{Level: cfg.LogLevel}))
 			var warnings []agent.Warning
@@ -165,6 +167,11 @@ func newServer(out io.Writer, verbosity *string) *cobra.Command {
 	f.Float64Var(&cfg.PodLimits.Rate, "max-pod-qps", agent.DefaultPodQPS, "requests of one pod per second at most, refused ones included")
 	f.IntVar(&cfg.PodLimits.Burst, "max-pod-burst", agent.DefaultPodBurst, "requests of one pod that may come at once after a pause")
 	f.IntVar(&cfg.PodLimits.Connections, "max-pod-connections", agent.DefaultPodConnections, "open connections of one pod at most")
+	f.StringVar(&cfg.Audit.Spec, "audit", "off", "where the audit goes, a line of JSON per credential issued or refused: `target` is\nstdout, file:PATH, unixgram:PATH or off")
+	f.IntVar(&cfg.AuditSampleHits, "audit-sample-hits", 1, "record one of so many answers from the cache; 1 each, 0 none. The rest is always recorded")
+	f.IntVar(&cfg.Audit.MaxSize, "audit-max-size", audit.DefaultMaxSize, "size in `MiB` at which the audit's file is put aside")
+	f.IntVar(&cfg.Audit.MaxBackups, "audit-max-backups", audit.DefaultMaxBackups, "files put aside that are kept; 0 for all")
+	f.IntVar(&cfg.Audit.MaxAge, "audit-max-age", 0, "`days` that a file put aside is kept; 0 for ever")
 	_ = cmd.RegisterFlagCompletionFunc("attestation", cobra.FixedCompletions([]string{"enforce", "audit", "off"}, cobra.ShellCompDirectiveNoFileComp))
 	return cmd
 }

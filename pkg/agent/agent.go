@@ -35,6 +35,9 @@ import (
 	"github.com/latchkey-dev/latchkey/pkg/privilege"
 )
 
+// auditGrace is how long the last audit records may take to be written.
+const auditGrace = 3 * time.Second
+
 // stopGrace is how long requests in progress may take once the agent is told to
 // stop. Kubernetes gives a pod 30 s.
 const stopGrace = 10 * time.Second
@@ -53,6 +56,7 @@ type Agent struct {
 	server    *credserver.Server
 	listeners *listeners
 	observer  *observer
+	audit     *audit.Log // nil: off
 	metrics   *metrics
 	ready     readiness
 	admin     adminState
@@ -94,7 +98,10 @@ func Run(ctx context.Context, cfg Config) error {
 	a := &Agent{cfg: cfg, levels: levels, log: log, started: time.Now()}
 	a.ready.a = a
 	a.metrics = newMetrics(cfg.Version, cfg.Policy.Default.String())
-	a.observer = newObserver(a.metrics, levels.logger(LogRequests), a.enrich)
+	if a.audit, err = a.openAudit(); err != nil {
+		return err
+	}
+	a.observer = newObserver(a.metrics, levels.logger(LogRequests), a.enrich, a.audit)
 
 	if a.tokens, err = newTokenCheck(&cfg, levels.logger(LogTokens)); err != nil {
 		return err
@@ -169,6 +176,23 @@ func Run(ctx context.Context, cfg Config) error {
 		wg.Wait()
 	}()
 	wg.Go(func() { a.observer.run(background) })
+	if a.audit != nil {
+		// Not among those that are waited for without end: standard output may
+		// be a pipe that nobody reads.
+		written := make(chan struct{})
+		go func() {
+			defer close(written)
+			a.audit.Run(background)
+		}()
+		defer func() {
+			stopBackground()
+			select {
+			case <-written:
+			case <-time.After(auditGrace):
+				log.Warn("audit records were lost at the end: nobody takes them")
+			}
+		}()
+	}
 	if a.tokens.keys != nil {
 		wg.Go(func() { a.tokens.keys.Run(background) })
 	}
@@ -249,6 +273,20 @@ func Run(ctx context.Context, cfg Config) error {
 	return nil
 }
 
+// openAudit makes the audit log; nil if that is off.
+func (a *Agent) openAudit() (*audit.Log, error) {
+	sink, err := audit.Open(a.cfg.Audit)
+	if err != nil {
+		return nil, fmt.Errorf("%w: --audit: %w", ErrConfig, err)
+	}
+	if sink == nil {
+		return nil, nil
+	}
+	return audit.New(audit.Config{
+		Sink: sink, SampleHits: a.cfg.AuditSampleHits, Enrich: a.enrich, Logger: a.levels.logger(LogAudit),
+	})
+}
+
 // enrich adds to a record what the node knows of the connecting task. It may
 // read the cgroup tree: not for the request path.
 func (a *Agent) enrich(r *audit.Record) {
@@ -320,8 +358,7 @@ func (a *Agent) keepAddresses(ctx context.Context, nudge chan<- struct{}) (*link
 	for _, f := range []linklocal.Family{linklocal.IPv4, linklocal.IPv6} {
 		// A repair is done before anybody sees the address missing, so it is no
 		// change.
-		a.metrics.familyCounter("latchkey_link_local_repairs_total", "How often the family's address, its route or its link was gone and was put back.", f,
-			func() float64 { return float64(keeper.State().Repairs(f)) })
+		a.metrics.familyRepairs(f, func() uint64 { return keeper.State().Repairs(f) })
 	}
 	result, err := keeper.Ensure(ctx)
 	if ctx.Err() != nil {
@@ -345,24 +382,21 @@ func (a *Agent) keepAddresses(ctx context.Context, nudge chan<- struct{}) (*link
 }
 
 func (a *Agent) registerGauges() {
-	m := a.metrics
-	m.gauge("latchkey_attesting", "1 if the kernel attests connections on this node.", func() float64 { return bool01(a.node != nil) })
-	m.gauge("latchkey_token_keys", "Usable keys to check tokens with; 0: EKS Auth alone judges them.", func() float64 {
-		if a.tokens.keys == nil {
-			return 0
-		}
-		return float64(a.tokens.keys.Stats().Keys)
-	})
-	m.gauge("latchkey_connections", "Open connections of pods.", func() float64 { return float64(a.server.Stats().Connections) })
-	m.gauge("latchkey_by_token_mode", "1 if there is no key to check tokens with, so that each token is known by its bytes alone.", func() float64 { return bool01(a.tokens.keys == nil) })
-	m.registry.MustRegister(newCacheCollector(a.cache.Stats))
-	if a.node == nil {
-		return
+	s := sources{
+		attesting: a.node != nil, byToken: a.tokens.keys == nil,
+		connections: func() int { return a.server.Stats().Connections },
+		cache:       a.cache.Stats,
 	}
-	m.registry.MustRegister(newBPFCollector(a.node.kernel.Events))
-	index := a.node.index
-	m.gauge("latchkey_pods", "Pods of this node, by their cgroups.", func() float64 { return float64(index.Stats().Pods) })
-	m.counterFunc("latchkey_unknown_netns_total", "Connections accepted from a network namespace that is no pod's own, such as nested containers.", func() float64 { return float64(index.Stats().UnknownNetns) })
+	if a.tokens.keys != nil {
+		s.keys = func() int { return a.tokens.keys.Stats().Keys }
+	}
+	if a.audit != nil {
+		s.audit = a.audit.Stats
+	}
+	if a.node != nil {
+		s.bpf, s.pods = a.node.kernel.Events, a.node.index.Stats
+	}
+	a.metrics.register(s)
 }
 
 // hosts are the texts that the Host header may have.

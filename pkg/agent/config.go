@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/latchkey-dev/latchkey/pkg/attribution"
+	"github.com/latchkey-dev/latchkey/pkg/audit"
 	"github.com/latchkey-dev/latchkey/pkg/credserver"
 	"github.com/latchkey-dev/latchkey/pkg/linklocal"
 	"github.com/latchkey-dev/latchkey/pkg/verdict"
@@ -95,6 +96,10 @@ type Config struct {
 	// PodLimits is what one pod may use of the endpoint; zero fields mean the
 	// endpoint's defaults. There is no limit that pods share.
 	PodLimits credserver.Allowance
+	// Audit says where the audit goes, AuditSampleHits what of the answers from
+	// the cache it records: see audit.Target and audit.Config.
+	Audit           audit.Target
+	AuditSampleHits int
 	// Version is shown by the CLI and in metrics.
 	Version string
 	// Logger is required. Its handler should let every level through: LogLevel
@@ -202,6 +207,9 @@ func (c *Config) check() ([]Warning, error) {
 	// The reference agent refuses to start here.
 	if c.MaxRetention > 0 && c.RenewalQPS*c.MaxRetention.Seconds() < float64(c.MaxCacheSize)/2 {
 		warnings = append(warnings, "--max-service-qps is too small to renew a full cache within --max-credential-retention-before-renewal; what is due late is renewed by the request that asks for it")
+	}
+	if c.AuditSampleHits < 0 {
+		return nil, fmt.Errorf("%w: --audit-sample-hits %d: use 1 to record each hit, N for one of N, 0 for none", ErrConfig, c.AuditSampleHits)
 	}
 	if c.MaxRetention == 0 || c.MaxCacheSize == 0 {
 		warnings = append(warnings, "the cache is off: every request calls EKS Auth, and an outage there reaches every pod")

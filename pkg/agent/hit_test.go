@@ -11,9 +11,11 @@ import (
 	"net"
 	"net/netip"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/latchkey-dev/latchkey/pkg/audit"
 	"github.com/latchkey-dev/latchkey/pkg/credcache"
 	"github.com/latchkey-dev/latchkey/pkg/credserver"
 	"github.com/latchkey-dev/latchkey/pkg/evidence"
@@ -48,7 +50,7 @@ func (u *fixedUpstream) Fetch(context.Context, string) (credcache.Answer, error)
 // hitPath is the whole way of a cached answer as the agent puts it together,
 // over a loopback connection: endpoint, remembered token, verdict, cache,
 // observer. The client allocates nothing, so what is counted is the agent's.
-func hitPath(tb testing.TB) func() {
+func hitPath(tb testing.TB, log *audit.Log) func() {
 	tb.Helper()
 	signer, err := tokens.NewSigner(tokens.Config{})
 	if err != nil {
@@ -77,7 +79,7 @@ func hitPath(tb testing.TB) func() {
 	server, err := credserver.New(credserver.Config{
 		Attestor: fixedAttestor{tok.Subject.PodUID}, Tokens: verifier, Credentials: credentials{cache},
 		Hosts:    []string{"127.0.0.1"},
-		Observer: newObserver(newMetrics("test", "enforce"), slog.New(slog.DiscardHandler), nil),
+		Observer: newObserver(newMetrics("test", "enforce"), slog.New(slog.DiscardHandler), nil, log),
 		Limits:   credserver.Limits{Pod: credserver.Allowance{Connections: 8, Rate: 1e9, Burst: 1e6}},
 	})
 	if err != nil {
@@ -123,10 +125,61 @@ func hitPath(tb testing.TB) func() {
 	}
 }
 
+// hitAudits are the ways in which an answer from the cache can be audited.
+var hitAudits = []struct {
+	name   string
+	on     bool
+	sample int
+}{
+	{"off", false, 0},
+	{"each", true, 1},
+	{"one of 100", true, 100},
+	{"none", true, 0},
+}
+
+// nowhere is a sink that counts lines.
+type nowhere struct{ lines atomic.Int64 }
+
+func (n *nowhere) Write(lines []byte) (int, error) {
+	written := bytes.Count(lines, []byte("\n"))
+	n.lines.Add(int64(written))
+	return written, nil
+}
+
+func (n *nowhere) Close() error { return nil }
+
+// auditTo starts an audit; what it gives ends it and tells how many records
+// were written and lost.
+func auditTo(tb testing.TB, sample int) (*audit.Log, func() audit.Stats) {
+	tb.Helper()
+	log, err := audit.New(audit.Config{Sink: &nowhere{}, SampleHits: sample})
+	if err != nil {
+		tb.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() { defer close(done); log.Run(ctx) }()
+	end := func() audit.Stats {
+		stop()
+		<-done
+		return log.Stats()
+	}
+	tb.Cleanup(func() { end() })
+	return log, end
+}
+
 func BenchmarkAgentHit(b *testing.B) {
-	hit := hitPath(b)
-	b.ReportAllocs()
-	for b.Loop() {
-		hit()
+	for _, a := range hitAudits {
+		b.Run("audit "+a.name, func(b *testing.B) {
+			var log *audit.Log
+			if a.on {
+				log, _ = auditTo(b, a.sample)
+			}
+			hit := hitPath(b, log)
+			b.ReportAllocs()
+			for b.Loop() {
+				hit()
+			}
+		})
 	}
 }

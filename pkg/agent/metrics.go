@@ -10,10 +10,12 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 
 	"github.com/latchkey-dev/latchkey/pkg/attribution"
+	"github.com/latchkey-dev/latchkey/pkg/audit"
 	"github.com/latchkey-dev/latchkey/pkg/credcache"
 	"github.com/latchkey-dev/latchkey/pkg/eksauth"
 	"github.com/latchkey-dev/latchkey/pkg/evidence"
 	"github.com/latchkey-dev/latchkey/pkg/linklocal"
+	"github.com/latchkey-dev/latchkey/pkg/pods"
 )
 
 // metrics are the agent's own. The names that begin with pod_identity are the
@@ -115,20 +117,89 @@ func bool01(b bool) float64 {
 	return 0
 }
 
+// sources are what is read when somebody asks for the metrics. A nil one has no
+// metrics on this node.
+type sources struct {
+	attesting, byToken bool
+	connections        func() int
+	cache              func() credcache.Stats
+	keys               func() int // nil: 0
+	audit              func() audit.Stats
+	bpf                func() ([]attribution.Event, error)
+	pods               func() pods.Stats
+}
+
+func (m *metrics) register(s sources) {
+	m.gauge("latchkey_attesting", "1 if the kernel attests connections on this node; 0 only in modes that allow to go on without.", func() float64 { return bool01(s.attesting) })
+	m.gauge("latchkey_token_keys", "Usable keys to check tokens with; 0: EKS Auth alone judges them.", func() float64 {
+		if s.keys == nil {
+			return 0
+		}
+		return float64(s.keys())
+	})
+	m.gauge("latchkey_connections", "Open connections of pods.", func() float64 { return float64(s.connections()) })
+	m.gauge("latchkey_by_token_mode", "1 if there is no key to check tokens with, so that each token is known by its bytes alone.", func() float64 { return bool01(s.byToken) })
+	m.registry.MustRegister(newCacheCollector(s.cache))
+	if s.audit != nil {
+		m.registry.MustRegister(newAuditCollector(s.audit))
+	}
+	if s.bpf != nil {
+		m.registry.MustRegister(newBPFCollector(s.bpf))
+	}
+	if s.pods != nil {
+		m.gauge("latchkey_pods", "Pods of this node, by their cgroups.", func() float64 { return float64(s.pods().Pods) })
+		m.counterFunc("latchkey_unknown_netns_total", "Connections accepted from a network namespace that is no pod's own, such as nested containers.", func() float64 { return float64(s.pods().UnknownNetns) })
+	}
+}
+
 // gauge registers a value that is read when it is asked for.
 func (m *metrics) gauge(name, help string, f func() float64) {
 	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, f))
 }
 
-// familyCounter is counterFunc for one address family.
-func (m *metrics) familyCounter(name, help string, family linklocal.Family, f func() float64) {
+// familyRepairs registers how often a family's address was put back.
+func (m *metrics) familyRepairs(family linklocal.Family, f func() uint64) {
 	m.registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{
-		Name: name, Help: help, ConstLabels: prometheus.Labels{"family": family.String()}}, f))
+		Name:        "latchkey_link_local_repairs_total",
+		Help:        "How often the family's address, its route or its link was gone and was put back.",
+		ConstLabels: prometheus.Labels{"family": family.String()},
+	}, func() float64 { return float64(f()) }))
 }
 
 // counterFunc is gauge for a value that only grows.
 func (m *metrics) counterFunc(name, help string, f func() float64) {
 	m.registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help}, f))
+}
+
+// auditCollector shows what became of the audit's records.
+type auditCollector struct {
+	stats                       func() audit.Stats
+	written, dropped, unsampled *prometheus.Desc
+}
+
+func newAuditCollector(stats func() audit.Stats) *auditCollector {
+	return &auditCollector{
+		stats:     stats,
+		written:   prometheus.NewDesc("latchkey_audit_records_total", "Audit records written.", nil, nil),
+		dropped:   prometheus.NewDesc("latchkey_audit_records_dropped_total", "Audit records lost, because the queue was full (queue) or the target took none (sink). The next record tells how many.", []string{"cause"}, nil),
+		unsampled: prometheus.NewDesc("latchkey_audit_hits_unsampled_total", "Answers from the cache that --audit-sample-hits left out of the audit.", nil, nil),
+	}
+}
+
+// Describe implements prometheus.Collector.
+func (c *auditCollector) Describe(ch chan<- *prometheus.Desc) {
+	ch <- c.written
+	ch <- c.dropped
+	ch <- c.unsampled
+}
+
+// Collect implements prometheus.Collector.
+func (c *auditCollector) Collect(ch chan<- prometheus.Metric) {
+	s := c.stats()
+	ch <- prometheus.MustNewConstMetric(c.written, prometheus.CounterValue, float64(s.Written))
+	ch <- prometheus.MustNewConstMetric(c.dropped, prometheus.CounterValue, float64(s.Full), "queue")
+	ch <- prometheus.MustNewConstMetric(c.dropped, prometheus.CounterValue, float64(s.Failed), "sink")
+	ch <- prometheus.MustNewConstMetric(c.unsampled, prometheus.CounterValue, float64(s.Sampled))
 }
 
 // bpfCollector shows the programs' counters.

@@ -27,6 +27,7 @@ type observer struct {
 	// a record. It may be nil.
 	enrich  func(*audit.Record)
 	denials audit.Denials
+	audit   *audit.Log // nil: off
 
 	// Looked up by status and reason without making label strings.
 	responses map[int]prometheus.Counter
@@ -61,9 +62,9 @@ const (
 	maxLogKeys  = 4096
 )
 
-func newObserver(m *metrics, log *slog.Logger, enrich func(*audit.Record)) *observer {
+func newObserver(m *metrics, log *slog.Logger, enrich func(*audit.Record), audit *audit.Log) *observer {
 	o := &observer{
-		m: m, log: log, enrich: enrich,
+		m: m, log: log, enrich: enrich, audit: audit,
 		queue:     make(chan credserver.Record, 1024),
 		responses: map[int]prometheus.Counter{},
 		pods:      map[evidence.PodUID]lastVerdict{},
@@ -83,6 +84,9 @@ func (o *observer) Observe(r credserver.Record) {
 		o.m.responses.WithLabelValues(strconv.Itoa(r.Status)).Inc()
 	}
 	o.m.duration.Observe(r.Latency.Seconds())
+	if o.audit != nil {
+		o.record(&r)
+	}
 	if r.Status == 200 && !r.Verdict.Report {
 		o.m.servedTotal.Inc()
 		if !r.Hit {
@@ -94,6 +98,21 @@ func (o *observer) Observe(r credserver.Record) {
 	}
 	o.m.refused(r.Reason, r.Verdict.Report).Inc()
 	o.enqueue(r)
+}
+
+// record hands a request to the audit.
+func (o *observer) record(r *credserver.Record) {
+	switch {
+	case r.Status == 200 && r.Hit && !r.Verdict.Report:
+		if !o.audit.Hit() {
+			return
+		}
+	case r.Reason == credserver.ReasonNotFound:
+		return // nobody asked for credentials
+	}
+	a := auditRecord(r)
+	// A connection is answered by one goroutine at a time.
+	o.audit.Add(uint32(r.Peer.Port()), &a)
 }
 
 func (o *observer) enqueue(r credserver.Record) {
