@@ -39,9 +39,6 @@ const (
 	// callTimeout is how long containerd may be silent in a call, so that one
 	// that hangs is left and tried again.
 	callTimeout = 30 * time.Second
-	// settle: containerd does not acknowledge a subscription, so the first list
-	// may be older than it by a moment. The second is not.
-	settle = 5 * time.Second
 )
 
 // errStream: containerd ended the event stream.
@@ -156,7 +153,7 @@ func (r *Runtime) follow(ctx context.Context, socket string) (worked bool, err e
 			}
 		}
 	}()
-	again := time.NewTimer(min(settle, r.relist))
+	again := time.NewTimer(r.settle)
 	defer again.Stop()
 	for {
 		select {

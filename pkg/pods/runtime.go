@@ -56,10 +56,12 @@ type Runtime struct {
 	mu     sync.Mutex
 	status []*RuntimeStatus // of the runtimes that were seen
 
-	// Tests shorten these.
 	retryMin, retryMax time.Duration
-	relist             time.Duration
-	poll               time.Duration
+	// settle is when containerd is listed for the second time: it does not
+	// acknowledge a subscription, so the first list may be older than that by a
+	// moment. relist is how often it is listed then, although events tell.
+	settle, relist time.Duration
+	poll           time.Duration // how often CRI-O's directories are read
 }
 
 // RuntimeStatus says how a runtime of the node can be reached, for people.
@@ -105,7 +107,7 @@ func NewRuntime(cfg RuntimeConfig) *Runtime {
 	return &Runtime{
 		cfg: cfg, log: cfg.Logger, catalog: newCatalog(),
 		retryMin: 250 * time.Millisecond, retryMax: 30 * time.Second,
-		relist: 10 * time.Minute, poll: 5 * time.Second,
+		settle: 5 * time.Second, relist: 10 * time.Minute, poll: 5 * time.Second,
 	}
 }
 

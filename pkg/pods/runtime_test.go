@@ -334,7 +334,7 @@ func TestContainerdRelists(t *testing.T) {
 	f := newFakeContainerd(t)
 	f.start()
 	r := NewRuntime(RuntimeConfig{ContainerdSockets: []string{f.socket}, CRIODirs: []string{}, Logger: slog.New(slog.DiscardHandler)})
-	r.relist = 5 * time.Millisecond
+	r.settle, r.relist = 5*time.Millisecond, 5*time.Millisecond
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- r.Run(ctx) }()
