@@ -118,6 +118,10 @@ type Token struct {
 	// Kubernetes before 1.30.
 	PodName string
 	Node    string
+	// ServiceAccountUID and NodeUID are those objects' metadata.uid; empty if the
+	// token names none.
+	ServiceAccountUID string
+	NodeUID           string
 	// ID is equal for every spelling of the same token. It is a hash and gives
 	// the token away to nobody.
 	ID [32]byte

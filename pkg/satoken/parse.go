@@ -233,7 +233,7 @@ func (c *claims) readKubernetes(payload map[string]any) *Error {
 	if !isLabel(namespace) {
 		return malformed("claim kubernetes.io has no valid namespace")
 	}
-	account, _, ok := reference(kubernetes, "serviceaccount")
+	account, accountUID, ok := reference(kubernetes, "serviceaccount")
 	if !ok || !isSubdomain(account) {
 		return malformed("claim kubernetes.io has no valid service account")
 	}
@@ -248,13 +248,13 @@ func (c *claims) readKubernetes(payload map[string]any) *Error {
 		return malformed("claim kubernetes.io has no valid pod")
 	}
 	if _, there := kubernetes["node"]; there { // since Kubernetes 1.30
-		node, _, ok := reference(kubernetes, "node")
+		node, nodeUID, ok := reference(kubernetes, "node")
 		if !ok || !isSubdomain(node) {
 			return malformed("claim kubernetes.io has no valid node")
 		}
-		c.token.Node = node
+		c.token.Node, c.token.NodeUID = node, nodeUID
 	}
-	c.token.PodName = pod
+	c.token.PodName, c.token.ServiceAccountUID = pod, accountUID
 	c.token.Subject = evidence.Subject{
 		PodUID: evidence.PodUID(podUID), Namespace: namespace, ServiceAccount: account,
 	}
@@ -262,7 +262,8 @@ func (c *claims) readKubernetes(payload map[string]any) *Error {
 }
 
 // reference reads {"name": …, "uid": …}. The uid may be missing: a node's is,
-// when the API server did not know the node object.
+// when the API server did not know the node object. If it is there, it can be
+// logged as it is.
 func reference(kubernetes map[string]any, field string) (name, uid string, ok bool) {
 	ref, ok := kubernetes[field].(map[string]any)
 	if !ok {
@@ -272,7 +273,7 @@ func reference(kubernetes map[string]any, field string) (name, uid string, ok bo
 		return "", "", false
 	}
 	if v, there := ref["uid"]; there {
-		if uid, ok = v.(string); !ok {
+		if uid, ok = v.(string); !ok || uid != "" && !isJTI(uid) {
 			return "", "", false
 		}
 	}

@@ -319,6 +319,7 @@ func TestVerifyReturnsTheClaims(t *testing.T) {
 					PodUID: evidence.PodUID(tokens.UID("pod", "web", "api-5c9f7")), Namespace: "web", ServiceAccount: "api",
 				},
 				PodName: "api-5c9f7", Node: "worker-3", JTI: "some-jti",
+				ServiceAccountUID: tokens.UID("serviceaccount", "web", "api"), NodeUID: tokens.UID("node", "worker-3"),
 				Expiry: testNow().Add(24 * time.Hour), Verified: true, ID: got.ID,
 			}
 			if got != want {
