@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package eksapi
+
+import (
+	"net/http"
+	"sync"
+	"time"
+
+	"golang.org/x/time/rate"
+)
+
+// Rate is how many calls a caller may make.
+type Rate struct {
+	// PerSecond is the lasting rate; 0: the default of its kind, negative: no
+	// limit.
+	PerSecond float64
+	// Burst is how many may come at once; 0: the default of its kind.
+	Burst int
+}
+
+// Limits are the rates of one caller: a user, whatever its keys, or a node.
+type Limits struct {
+	// Reads are describe and lists; by default 50/s, 200 at once.
+	Reads Rate
+	// Writes are changes; by default 20/s, 100 at once.
+	Writes Rate
+	// Exchanges are AssumeRoleForPodIdentity; by default 200/s, 1000 at once: a
+	// node whose pods all start.
+	Exchanges Rate
+}
+
+type rateClass int
+
+const (
+	rateRead rateClass = iota
+	rateWrite
+	rateExchange
+	rateClasses
+)
+
+// maxCallers bounds the memory of limits. Only who has proved a key has an
+// entry, so nobody can push others out by making up names.
+const maxCallers = 64 << 10
+
+// limiters has one limiter for each caller and class. Two generations, as one
+// that was not used since the last change of them is full again anyway.
+type limiters struct {
+	now   func() time.Time
+	rates [rateClasses]Rate
+	most  int
+
+	mu         sync.Mutex
+	young, old map[callerClass]*rate.Limiter
+}
+
+type callerClass struct {
+	kind, name string
+	class      rateClass
+}
+
+func newLimiters(l Limits, now func() time.Time) *limiters {
+	or := func(r, d Rate) Rate {
+		if r.PerSecond == 0 {
+			r.PerSecond = d.PerSecond
+		}
+		if r.Burst <= 0 {
+			r.Burst = d.Burst
+		}
+		return r
+	}
+	return &limiters{now: now, most: maxCallers, young: map[callerClass]*rate.Limiter{}, rates: [rateClasses]Rate{
+		rateRead:     or(l.Reads, Rate{50, 200}),
+		rateWrite:    or(l.Writes, Rate{20, 100}),
+		rateExchange: or(l.Exchanges, Rate{200, 1000}),
+	}}
+}
+
+func (l *limiters) allow(k callerClass) bool {
+	r := l.rates[k.class]
+	if r.PerSecond < 0 {
+		return true
+	}
+	l.mu.Lock()
+	limiter := l.young[k]
+	if limiter == nil {
+		if limiter = l.old[k]; limiter == nil {
+			limiter = rate.NewLimiter(rate.Limit(r.PerSecond), r.Burst)
+		}
+		if len(l.young) >= l.most/2 {
+			l.old, l.young = l.young, map[callerClass]*rate.Limiter{}
+		}
+		l.young[k] = limiter
+	}
+	l.mu.Unlock()
+	return limiter.AllowN(l.now(), 1)
+}
+
+// limit refuses a caller that asks too often.
+func (c *call) limit() error {
+	k := callerClass{"user", c.caller.Name, c.route.op.rate}
+	if n := c.caller.Node; n != nil {
+		k.kind, k.name = "node "+n.Cluster, n.Name
+	}
+	if c.limits.allow(k) {
+		return nil
+	}
+	return &fault{status: http.StatusTooManyRequests, code: "ThrottlingException", message: "Rate exceeded", cluster: c.modelCluster(), retryAfter: time.Second}
+}
