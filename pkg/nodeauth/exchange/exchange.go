@@ -22,6 +22,7 @@ import (
 
 	"github.com/latchkey-dev/latchkey/pkg/association"
 	"github.com/latchkey-dev/latchkey/pkg/nodeauth"
+	"github.com/latchkey-dev/latchkey/pkg/permission"
 	"github.com/latchkey-dev/latchkey/pkg/sigv4"
 	"github.com/latchkey-dev/latchkey/pkg/tokencheck"
 )
@@ -135,8 +136,6 @@ type Config struct {
 	// Agents are the service accounts ("namespace/name") whose tokens prove a node
 	// in clusters that name none; nil means DefaultAgents.
 	Agents []string
-	// Principal makes what sigv4.Key.Principal is; nil means the Node itself.
-	Principal func(Node) any
 	// Observe, if set, is told of each exchange. It must not block.
 	Observe func(Event)
 	// Now is the clock; nil means time.Now.
@@ -157,9 +156,6 @@ func New(cfg Config) (*Exchanger, error) {
 	}
 	if cfg.Agents == nil {
 		cfg.Agents = []string{DefaultAgents}
-	}
-	if cfg.Principal == nil {
-		cfg.Principal = func(n Node) any { return n }
 	}
 	if cfg.Now == nil {
 		cfg.Now = time.Now
@@ -278,7 +274,8 @@ func sealedOf(g Grant, c association.Cluster) sealed {
 	}
 }
 
-// Lookup implements sigv4.Keys. Keys end with their time, with their cluster,
+// Lookup implements sigv4.Keys; a key's Principal is a permission.Principal with
+// its Node set, which may ask for credentials and nothing else. Keys end with their time, with their cluster,
 // and when their service account is no agent's any more.
 func (e *Exchanger) Lookup(ctx context.Context, accessKeyID, sessionToken string) (sigv4.Key, error) {
 	content, err := e.cfg.Ring.open(ctx, accessKeyID, sessionToken)
@@ -297,7 +294,10 @@ func (e *Exchanger) Lookup(ctx context.Context, accessKeyID, sessionToken string
 		Cluster: s.Cluster, Name: s.Node, UID: s.NodeUID, Namespace: s.Namespace, ServiceAccount: s.ServiceAccount,
 		PodName: s.Pod, PodUID: s.PodUID, Expires: time.Unix(s.Expires, 0).UTC(),
 	}
-	key := sigv4.Key{Secret: s.Secret, Principal: e.cfg.Principal(node)}
+	key := sigv4.Key{Secret: s.Secret, Principal: permission.Principal{
+		Name: node.String(),
+		Node: &permission.Node{Cluster: node.Cluster, Name: node.Name, UID: node.UID},
+	}}
 	if !e.cfg.Now().Before(node.Expires) {
 		return key, sigv4.ErrExpiredKey
 	}
