@@ -4,9 +4,18 @@ package association
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"log/slog"
+	"math/rand/v2"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
 	"time"
 
+	"go.etcd.io/etcd/api/v3/mvccpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
@@ -18,44 +27,483 @@ type IndexConfig struct {
 	Prefix string
 	// Now is the clock; nil: time.Now.
 	Now func() time.Time
+	// Progress is how often the store is asked whether the index has everything;
+	// 0: half a second.
+	Progress time.Duration
+	// Stall is how long the store may be silent before the watch is made anew; 0:
+	// ten seconds.
+	Stall time.Duration
 	// Log is told when the watch breaks and comes back; nil: nothing is.
 	Log *slog.Logger
 }
 
+const (
+	defaultProgress = 500 * time.Millisecond
+	defaultStall    = 10 * time.Second
+	minRetry        = 50 * time.Millisecond
+	maxRetry        = 2 * time.Second
+	// listPage is how many records one read of the first list takes.
+	listPage = 10_000
+)
+
 // Index holds every association and cluster in memory and follows the store.
-type Index struct{ cfg IndexConfig }
+// While the store is away it goes on answering with what it knows; Behind tells
+// how old that is.
+type Index struct {
+	cfg  IndexConfig
+	keys layout
+
+	// now is what lookups read. A list after the first makes a new one beside it.
+	now   atomic.Pointer[snapshot]
+	ready atomic.Bool
+	// current is when, in nanoseconds, the index is known to have had everything.
+	current atomic.Int64
+	lists   atomic.Int64
+	damaged atomic.Int64
+
+	mu       sync.Mutex
+	revision int64
+	advanced chan struct{}
+}
+
+// snapshot is the state at one revision, changed in place by events.
+type snapshot struct {
+	mu       sync.RWMutex
+	clusters map[string]*clusterIndex
+	count    int
+}
+
+type subject struct{ namespace, serviceAccount string }
+
+type clusterIndex struct {
+	// cluster is nil until it is seen: in one transaction's events it may come
+	// after its associations.
+	cluster  *Cluster
+	subjects map[subject]*Association
+	// slots finds what a deletion, which has a key and no value, is about.
+	slots []*Association
+}
 
 // NewIndex makes an empty index; Run fills it.
-func NewIndex(cfg IndexConfig) *Index { return &Index{cfg: cfg} }
-
-// Run lists, then watches, until ctx ends; after a failure it tries again. It
-// returns the context's error.
-func (x *Index) Run(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }
+func NewIndex(cfg IndexConfig) *Index {
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	if cfg.Progress == 0 {
+		cfg.Progress = defaultProgress
+	}
+	if cfg.Stall == 0 {
+		cfg.Stall = defaultStall
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	x := &Index{cfg: cfg, keys: newLayout(cfg.Prefix), advanced: make(chan struct{})}
+	x.now.Store(&snapshot{clusters: map[string]*clusterIndex{}})
+	x.current.Store(cfg.Now().UnixNano())
+	return x
+}
 
 // Ready tells whether the index was filled once. It stays true: what is known
 // stays known while the store is away; see Behind.
-func (x *Index) Ready() bool { return false }
+func (x *Index) Ready() bool { return x.ready.Load() }
 
 // Lookup finds the association of a service account. It allocates nothing. Tags
 // are not kept in the index: they are nil.
 func (x *Index) Lookup(cluster, namespace, serviceAccount string) (Association, bool) {
-	return Association{}, false
+	s := x.now.Load()
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	c := s.clusters[cluster]
+	if c == nil || c.cluster == nil {
+		return Association{}, false
+	}
+	a := c.subjects[subject{namespace, serviceAccount}]
+	if a == nil {
+		return Association{}, false
+	}
+	return *a, true
 }
 
 // Cluster finds a cluster. What it points to is shared: it is not to be changed.
-func (x *Index) Cluster(name string) (Cluster, bool) { return Cluster{}, false }
+func (x *Index) Cluster(name string) (Cluster, bool) {
+	s := x.now.Load()
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	c := s.clusters[name]
+	if c == nil || c.cluster == nil {
+		return Cluster{}, false
+	}
+	return *c.cluster, true
+}
+
+// Clusters returns all clusters, in no order. What they point to is shared.
+func (x *Index) Clusters() []Cluster {
+	s := x.now.Load()
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	out := make([]Cluster, 0, len(s.clusters))
+	for _, c := range s.clusters {
+		if c.cluster != nil {
+			out = append(out, *c.cluster)
+		}
+	}
+	return out
+}
+
+// Len is how many associations and clusters there are.
+func (x *Index) Len() (associations, clusters int) {
+	s := x.now.Load()
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	for _, c := range s.clusters {
+		if c.cluster != nil {
+			clusters++
+		}
+	}
+	return s.count, clusters
+}
+
+// Lists is how often everything was read anew: once, and once more whenever the
+// index was away for longer than the store remembers.
+func (x *Index) Lists() int64 { return x.lists.Load() }
+
+// Damaged is how many records could not be read and were left out.
+func (x *Index) Damaged() int64 { return x.damaged.Load() }
 
 // Revision is the store's revision that the index is known to have reached.
-func (x *Index) Revision() int64 { return 0 }
+func (x *Index) Revision() int64 {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return x.revision
+}
 
 // Wait returns when the index has reached a revision, or with the context's
 // error.
-func (x *Index) Wait(ctx context.Context, revision int64) error { return nil }
+func (x *Index) Wait(ctx context.Context, revision int64) error {
+	for {
+		x.mu.Lock()
+		reached, advanced := x.ready.Load() && x.revision >= revision, x.advanced
+		x.mu.Unlock()
+		if reached {
+			return nil
+		}
+		select {
+		case <-advanced:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
 
-// Behind is how long ago the store last said that the index has everything: at
-// most about a second while all is well. Before the first list it counts from
+// Behind is how long ago the index is known to have had everything: while all is
+// well at most about IndexConfig.Progress. Before the first list it counts from
 // NewIndex.
-func (x *Index) Behind() time.Duration { return 0 }
+func (x *Index) Behind() time.Duration {
+	return max(0, time.Duration(x.cfg.Now().UnixNano()-x.current.Load()))
+}
 
-// Len is how many associations and clusters there are.
-func (x *Index) Len() (associations, clusters int) { return 0, 0 }
+// reach notes a revision, and since when the index has everything up to it.
+func (x *Index) reach(revision int64, asOf time.Time) {
+	if !asOf.IsZero() {
+		x.current.Store(asOf.UnixNano())
+	}
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if revision > x.revision {
+		x.revision = revision
+		close(x.advanced)
+		x.advanced = make(chan struct{})
+	}
+}
+
+// restart sets the revision, down as well: after a list.
+func (x *Index) restart(revision int64, asOf time.Time) {
+	x.current.Store(asOf.UnixNano())
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.revision = revision
+	x.ready.Store(true)
+	close(x.advanced)
+	x.advanced = make(chan struct{})
+}
+
+// Why a watch ends.
+var (
+	errRelist = errors.New("the store does not remember the revisions since the last event")
+	errStall  = errors.New("the store is silent")
+	errEnded  = errors.New("the watch has ended")
+)
+
+// Run lists, then watches, until ctx ends; after a failure it tries again. It
+// returns the context's error.
+func (x *Index) Run(ctx context.Context) error {
+	retry := minRetry
+	relist := true
+	for {
+		began := x.cfg.Now()
+		var err error
+		if relist {
+			err = x.list(ctx)
+		}
+		if err == nil {
+			relist = false
+			err = x.watch(ctx)
+			relist = errors.Is(err, errRelist)
+		}
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		// What has worked for a while is not slow to be tried again.
+		if x.cfg.Now().Sub(began) > maxRetry {
+			retry = minRetry
+		}
+		x.cfg.Log.WarnContext(ctx, "association index lost the store", "error", err, "behind_seconds", x.Behind().Seconds(), "retry_seconds", retry.Seconds(), "relist", relist)
+		t := time.NewTimer(retry/2 + rand.N(retry/2))
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+			return ctx.Err()
+		}
+		retry = min(2*retry, maxRetry)
+	}
+}
+
+// list reads everything at one revision.
+func (x *Index) list(ctx context.Context) error {
+	began := x.cfg.Now()
+	next := &snapshot{clusters: map[string]*clusterIndex{}}
+	from, end := x.keys.watched()
+
+	// Reading is etcd's work and decoding ours: side by side, they take half the
+	// time.
+	type page struct {
+		kvs []*mvccpb.KeyValue
+		err error
+	}
+	pages := make(chan page, 1)
+	lctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var revision int64
+	go func() {
+		defer close(pages)
+		for {
+			opts := []clientv3.OpOption{clientv3.WithRange(end), clientv3.WithLimit(listPage)}
+			if revision != 0 {
+				opts = append(opts, clientv3.WithRev(revision))
+			}
+			r, err := x.cfg.Client.Get(lctx, from, opts...)
+			if err != nil {
+				pages <- page{err: err}
+				return
+			}
+			if revision == 0 {
+				revision = r.Header.Revision
+			}
+			select {
+			case pages <- page{kvs: r.Kvs}:
+			case <-lctx.Done():
+				return
+			}
+			if !r.More || len(r.Kvs) == 0 {
+				return
+			}
+			from = string(r.Kvs[len(r.Kvs)-1].Key) + "\x00"
+		}
+	}()
+	for p := range pages {
+		if p.err != nil {
+			return fmt.Errorf("list associations: %w", p.err)
+		}
+		for _, kv := range p.kvs {
+			x.put(ctx, next, kv)
+		}
+	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	x.now.Store(next)
+	x.lists.Add(1)
+	x.restart(revision, began)
+	x.cfg.Log.InfoContext(ctx, "association index is filled", "associations", next.count, "clusters", len(next.clusters), "revision", revision, "seconds", x.cfg.Now().Sub(began).Seconds())
+	return nil
+}
+
+// watch applies events from the revision after the one that was reached.
+func (x *Index) watch(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	from, end := x.keys.watched()
+	// A member that has lost its cluster would go on being silent and content.
+	wctx := clientv3.WithRequireLeader(ctx)
+	events := x.cfg.Client.Watch(wctx, from, clientv3.WithRange(end), clientv3.WithRev(x.Revision()+1), clientv3.WithFragment())
+
+	// Only an answer that was asked for proves anything about the time of asking.
+	// One question is open at a time; the answer counts for the oldest.
+	var asked time.Time
+	tick := time.NewTicker(x.cfg.Progress)
+	defer tick.Stop()
+	heard := x.cfg.Now()
+	for {
+		select {
+		case r, ok := <-events:
+			if !ok {
+				return errEnded
+			}
+			if r.CompactRevision != 0 {
+				return fmt.Errorf("%w: %d is compacted", errRelist, r.CompactRevision)
+			}
+			if err := r.Err(); err != nil {
+				if errors.Is(err, rpctypes.ErrCompacted) || errors.Is(err, rpctypes.ErrFutureRev) {
+					return fmt.Errorf("%w: %w", errRelist, err)
+				}
+				return err
+			}
+			heard = x.cfg.Now()
+			if r.Header.Revision < x.Revision() {
+				// Another store, restored from the past, answers in this one's place.
+				return fmt.Errorf("%w: it is at %d", errRelist, r.Header.Revision)
+			}
+			if r.IsProgressNotify() {
+				x.reach(r.Header.Revision, asked)
+				asked = time.Time{}
+				continue
+			}
+			x.apply(ctx, r.Events)
+		case <-tick.C:
+			now := x.cfg.Now()
+			if now.Sub(heard) > x.cfg.Stall {
+				return errStall
+			}
+			if asked.IsZero() {
+				asked = now
+			}
+			if err := x.cfg.Client.RequestProgress(wctx); err != nil {
+				return fmt.Errorf("request progress: %w", err)
+			}
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+func (x *Index) apply(ctx context.Context, events []*clientv3.Event) {
+	s := x.now.Load()
+	var revision int64
+	s.mu.Lock()
+	for _, e := range events {
+		// A fragment may end amid a revision; then the next response has the rest of
+		// it, and the revision is reached with that.
+		if e.Kv.ModRevision > revision {
+			revision = e.Kv.ModRevision
+		}
+		if e.Type == clientv3.EventTypeDelete {
+			x.remove(s, string(e.Kv.Key))
+		} else {
+			x.put(ctx, s, e.Kv)
+		}
+	}
+	s.mu.Unlock()
+	x.reach(revision, time.Time{})
+}
+
+// at splits a key; ok is false for one that is not the index's business.
+func (x *Index) at(key string) (cluster string, slot int, ok bool) {
+	rest, ok := strings.CutPrefix(key, x.keys.prefix)
+	if !ok {
+		return "", 0, false
+	}
+	if cluster, ok = strings.CutPrefix(rest, "c/"); ok {
+		return cluster, -1, true
+	}
+	if rest, ok = strings.CutPrefix(rest, "a/"); !ok {
+		return "", 0, false
+	}
+	cluster, digits, ok := strings.Cut(rest, "/")
+	n, err := strconv.ParseUint(digits, 36, 32)
+	if !ok || err != nil || n >= MaxLimit {
+		return "", 0, false
+	}
+	return cluster, int(n), true
+}
+
+// of finds or makes the part of a cluster.
+func (s *snapshot) of(cluster string) *clusterIndex {
+	c := s.clusters[cluster]
+	if c == nil {
+		c = &clusterIndex{subjects: map[subject]*Association{}}
+		s.clusters[strings.Clone(cluster)] = c
+	}
+	return c
+}
+
+// put takes a record in. What cannot be read is left out: that refuses, and does
+// not give a role that is not asked for.
+func (x *Index) put(ctx context.Context, s *snapshot, kv *mvccpb.KeyValue) {
+	name, slot, ok := x.at(string(kv.Key))
+	if !ok {
+		return
+	}
+	if slot < 0 {
+		c, err := decodeCluster(kv.Key, kv.Value, kv.ModRevision)
+		if err != nil {
+			x.spoilt(ctx, err)
+			s.of(name).cluster = nil
+			return
+		}
+		s.of(name).cluster = &c
+		return
+	}
+	c := s.of(name)
+	c.clear(s, slot)
+	a, err := decode(kv.Key, kv.Value, kv.ModRevision)
+	if err != nil {
+		x.spoilt(ctx, err)
+		return
+	}
+	a.Tags = nil
+	if slot >= len(c.slots) {
+		// Slots are filled in no order: room for the usual limit at once.
+		n := min(max(slot+1, DefaultLimit/8, 2*len(c.slots)), MaxLimit)
+		c.slots = append(c.slots, make([]*Association, n-len(c.slots))...)
+	}
+	c.slots[slot] = &a
+	c.subjects[subject{a.Namespace, a.ServiceAccount}] = &a
+	s.count++
+}
+
+func (x *Index) spoilt(ctx context.Context, err error) {
+	x.damaged.Add(1)
+	x.cfg.Log.ErrorContext(ctx, "damaged record in the store", "error", err)
+}
+
+// clear empties a slot.
+func (c *clusterIndex) clear(s *snapshot, slot int) {
+	if slot >= len(c.slots) || c.slots[slot] == nil {
+		return
+	}
+	a := c.slots[slot]
+	c.slots[slot] = nil
+	s.count--
+	// In another slot the service account may have a new association already.
+	if at := (subject{a.Namespace, a.ServiceAccount}); c.subjects[at] == a {
+		delete(c.subjects, at)
+	}
+}
+
+func (x *Index) remove(s *snapshot, key string) {
+	name, slot, ok := x.at(key)
+	c := s.clusters[name]
+	if !ok || c == nil {
+		return
+	}
+	if slot < 0 {
+		c.cluster = nil
+	} else {
+		c.clear(s, slot)
+	}
+	if c.cluster == nil && len(c.subjects) == 0 {
+		delete(s.clusters, name)
+	}
+}

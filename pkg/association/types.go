@@ -99,9 +99,10 @@ const (
 type TokenReview struct {
 	// Kubeconfig is a file on the server's machine, Context a context in it
 	// (empty: the current one).
-	Kubeconfig, Context string
+	Kubeconfig string `json:"kubeconfig,omitempty"`
+	Context    string `json:"context,omitempty"`
 	// OnOutage is OnOutageRefuse (also if empty) or OnOutageKeys.
-	OnOutage string
+	OnOutage string `json:"onOutage,omitempty"`
 }
 
 // CreateInput is what CreatePodIdentityAssociation gives.
