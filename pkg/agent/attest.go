@@ -3,10 +3,13 @@
 package agent
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"path"
 	"strings"
+	"time"
 
 	"github.com/latchkey-dev/latchkey/pkg/attribution"
 	"github.com/latchkey-dev/latchkey/pkg/cgroup"
@@ -108,6 +111,34 @@ func openNode(cfg *Config, levels *logLevels, onPod, onEnd func(*pods.Pod)) (_ *
 		return nil, err
 	}
 	return n, nil
+}
+
+// keepAttached puts programs back that somebody detached, until ctx ends. The
+// agent would answer 503 to every new connection else.
+func (n *node) keepAttached(ctx context.Context, log *slog.Logger) {
+	const interval = 5 * time.Second // a few system calls that read
+	ticker := time.NewTicker(interval)
+	defer ticker.Stop()
+	said := ""
+	for {
+		select {
+		case <-ticker.C:
+		case <-ctx.Done():
+			return
+		}
+		hooks, err := n.kernel.Repair()
+		if len(hooks) > 0 {
+			log.Error("somebody detached kernel programs; attached them again", "hooks", hooks)
+		}
+		text := ""
+		if err != nil {
+			text = err.Error()
+		}
+		if text != "" && text != said {
+			log.Error("kernel programs are not attached, and cannot be attached again; trying on", "error", err)
+		}
+		said = text
+	}
 }
 
 // attachPoint is the lowest cgroup that holds both every pod and the agent: the

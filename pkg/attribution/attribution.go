@@ -22,6 +22,8 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -91,6 +93,12 @@ type Attribution struct {
 	closers []interface{ Close() error }
 	log     *slog.Logger
 	status  Status
+
+	// mu guards hooked, which Repair changes.
+	mu         sync.Mutex
+	cfg        Config
+	hooked     []*hooked
+	reattached atomic.Uint64
 }
 
 // Status tells how Open came to its programs; it does not change afterwards.
@@ -138,7 +146,7 @@ func Open(cfg Config) (_ *Attribution, err error) {
 		return nil, err
 	}
 
-	a := &Attribution{log: log}
+	a := &Attribution{log: log, cfg: cfg}
 	a.status.Fallbacks = append(fallbacks(), proofNotice()...)
 	// Owned until handed over at the end.
 	var owned []interface{ Close() error }
@@ -210,7 +218,8 @@ func Open(cfg Config) (_ *Attribution, err error) {
 		if err != nil {
 			return nil, fmt.Errorf("attach %s at %s: %w", h.name, cfg.CgroupPath, err)
 		}
-		owned = append(owned, l)
+		a.hooked = append(a.hooked, newHooked(l, prog, h.name, h.attach))
+		owned = append(owned, a.hooked[len(a.hooked)-1])
 		if reused {
 			a.status.ReusedLinks++
 		}
@@ -253,6 +262,9 @@ func (a *Attribution) Status() Status { return a.status }
 // Close gives up the agent's descriptors. What is pinned stays attached and
 // goes on recording for the next agent; Cleanup removes it.
 func (a *Attribution) Close() error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.hooked = nil // nothing is repaired any more
 	var errs []error
 	for i := len(a.closers) - 1; i >= 0; i-- {
 		errs = append(errs, a.closers[i].Close())
