@@ -56,18 +56,42 @@ type Agent struct {
 	server    *credserver.Server
 	listeners *listeners
 	observer  *observer
-	audit     *audit.Log // nil: off
+	runtime   *pods.Runtime // nil: not asked
+	audit     *audit.Log    // nil: off
 	metrics   *metrics
 	ready     readiness
 	admin     adminState
 	stopping  atomic.Bool
 }
 
-// Run answers pods until ctx ends, then stops gracefully and returns nil. It
-// returns an error if the agent cannot start: a setting that makes no sense
+// Run answers pods until ctx ends, then stops gracefully and returns nil, or
+// what Config.CleanupOnExit could not remove. It returns an error if the agent cannot start: a setting that makes no sense
 // (ErrConfig), a node that cannot attest (ErrCannotAttest), an address that
 // somebody else holds (ErrAddressInUse), another agent (ErrAnotherAgent).
 func Run(ctx context.Context, cfg Config) error {
+	if err := run(ctx, cfg); err != nil || !cfg.CleanupOnExit {
+		return err
+	}
+	// The lock on the pins was given up: if the next agent has it already, that
+	// one keeps everything.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopGrace)
+	defer cancel()
+	removed, err := Cleanup(ctx, CleanupConfig{
+		PinPath: cfg.PinPath, StateDir: cfg.StateDir, AdminSocket: cfg.AdminSocket,
+		LinkLocal: linklocal.Config{Logger: cfg.Logger},
+	})
+	cfg.Logger.Info("removed what this agent had put on the node", "removed", removed)
+	if errors.Is(err, ErrAnotherAgent) {
+		cfg.Logger.Info("another agent has taken over: its addresses and pins stay", "cause", err.Error())
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("clean up at the end: %w", err)
+	}
+	return nil
+}
+
+func run(ctx context.Context, cfg Config) error {
 	warnings, err := cfg.check()
 	if err != nil {
 		return err
@@ -109,7 +133,7 @@ func Run(ctx context.Context, cfg Config) error {
 	if a.tokens.keys == nil {
 		a.log.Warn("no key to check tokens with: EKS Auth alone judges them, and every rotated token costs a call; give --issuer, or the agent a service account")
 	}
-	client, err := newUpstream(ctx, &cfg, a.metrics.attempt, func(ctx context.Context) error {
+	client, err := newUpstream(ctx, &cfg, levels.logger(LogUpstream), a.metrics.attempt, func(ctx context.Context) error {
 		// The cache is made below, and calls nobody before.
 		return a.cache.Permit(ctx)
 	})
@@ -165,6 +189,9 @@ func Run(ctx context.Context, cfg Config) error {
 		return err
 	}
 	a.listeners = newListeners(a.server, cfg.BindHosts, cfg.Port, a.log, a.metrics)
+	if a.runtime = newRuntime(cfg.ContainerRuntime, levels.logger(LogPods)); a.runtime != nil {
+		a.admin.names = a.runtime
+	}
 	a.registerGauges()
 
 	// What runs beside the requests. It ends after them, so that the last ones
@@ -175,6 +202,9 @@ func Run(ctx context.Context, cfg Config) error {
 		stopBackground()
 		wg.Wait()
 	}()
+	if a.runtime != nil {
+		wg.Go(func() { _ = a.runtime.Run(background) }) // nil when background ends
+	}
 	wg.Go(func() { a.observer.run(background) })
 	if a.audit != nil {
 		// Not among those that are waited for without end: standard output may
@@ -206,6 +236,10 @@ func Run(ctx context.Context, cfg Config) error {
 		case <-ctx.Done():
 			return nil
 		}
+	}
+
+	if a.node != nil {
+		wg.Go(func() { a.node.keepAttached(background, levels.logger(LogAttribution)) })
 	}
 
 	// The addresses.
@@ -299,9 +333,34 @@ func (a *Agent) enrich(r *audit.Record) {
 		return // gone; what the kernel recorded is in the record
 	}
 	r.Task.Cgroup = path
-	if ref, err := a.node.root.Parse(path); err == nil {
-		r.Task.Pod, r.Task.ContainerID = ref.UID, ref.ContainerID
+	ref, err := a.node.root.Parse(path)
+	if err != nil {
+		return
 	}
+	r.Task.Pod, r.Task.ContainerID = ref.UID, ref.ContainerID
+	if a.runtime == nil {
+		return
+	}
+	if m, ok := a.runtime.Metadata(ref.UID); ok {
+		r.Task.PodName, r.Task.Namespace = m.Name, m.Namespace
+	}
+	if c, ok := a.runtime.Container(ref.UID, ref.ContainerID); ok {
+		r.Task.Container = c.Name
+	}
+}
+
+// newRuntime makes what asks the container runtime for names; nil if nobody is
+// to be asked.
+func newRuntime(where string, log *slog.Logger) *pods.Runtime {
+	cfg := pods.RuntimeConfig{Logger: log}
+	switch where {
+	case "", RuntimeOff:
+		return nil
+	case RuntimeAuto:
+	default:
+		cfg.ContainerdSockets, cfg.CRIODirs = []string{where}, []string{}
+	}
+	return pods.NewRuntime(cfg)
 }
 
 // podSeen is called by the pod index, in its goroutine.
@@ -393,8 +452,11 @@ func (a *Agent) registerGauges() {
 	if a.audit != nil {
 		s.audit = a.audit.Stats
 	}
+	if a.runtime != nil {
+		s.runtimes = a.runtime.Status
+	}
 	if a.node != nil {
-		s.bpf, s.pods = a.node.kernel.Events, a.node.index.Stats
+		s.bpf, s.pods, s.reattached = a.node.kernel.Events, a.node.index.Stats, a.node.kernel.Reattached
 	}
 	a.metrics.register(s)
 }

@@ -39,6 +39,12 @@ const (
 	DefaultUpstreamQPS = 10
 )
 
+// Values of Config.ContainerRuntime besides a path.
+const (
+	RuntimeAuto = "auto"
+	RuntimeOff  = "off"
+)
+
 // Config is the agent's settings, as the flags give them.
 type Config struct {
 	// ClusterName is sent to EKS Auth. Required.
@@ -79,6 +85,10 @@ type Config struct {
 	// RotateCredentials re-reads the node's credentials from the shared
 	// credentials file each minute.
 	RotateCredentials bool
+	// NodeTokenFile is a projected service-account token with audience
+	// latchkey-server, which the server at Endpoint exchanges for the node's
+	// credentials. Then nothing else is searched for credentials. Empty: none.
+	NodeTokenFile string
 	// MaxRetention is how long credentials are kept before they are renewed; 0
 	// turns the cache off. MaxCacheSize likewise counts entries.
 	MaxRetention time.Duration
@@ -96,6 +106,14 @@ type Config struct {
 	// PodLimits is what one pod may use of the endpoint; zero fields mean the
 	// endpoint's defaults. There is no limit that pods share.
 	PodLimits credserver.Allowance
+	// ContainerRuntime is containerd's socket, which tells what pods are called:
+	// a path, RuntimeAuto (the usual places, CRI-O's too) or RuntimeOff; empty
+	// means off.
+	ContainerRuntime string
+	// CleanupOnExit removes at the end what Cleanup removes, as if no agent came
+	// after this one. Until the next one attaches, connections have no evidence.
+	CleanupOnExit bool
+
 	// Audit says where the audit goes, AuditSampleHits what of the answers from
 	// the cache it records: see audit.Target and audit.Config.
 	Audit           audit.Target
@@ -189,7 +207,7 @@ func (c *Config) check() ([]Warning, error) {
 	if v4, v6 := families(c.BindHosts); v4 > attribution.MaxAddresses || v6 > attribution.MaxAddresses {
 		return nil, fmt.Errorf("%w: more than %d bind hosts of one family", ErrConfig, attribution.MaxAddresses)
 	}
-	for _, p := range []struct{ flag, value string }{{"--admin-socket", c.AdminSocket}, {"--pin-path", c.PinPath}, {"--state-dir", c.StateDir}} {
+	for _, p := range []struct{ flag, value string }{{"--admin-socket", c.AdminSocket}, {"--pin-path", c.PinPath}, {"--state-dir", c.StateDir}, {"--node-token-file", c.NodeTokenFile}} {
 		if p.value != "" && !path.IsAbs(p.value) {
 			return nil, fmt.Errorf("%w: %s %q: give an absolute path", ErrConfig, p.flag, p.value)
 		}
@@ -207,6 +225,14 @@ func (c *Config) check() ([]Warning, error) {
 	// The reference agent refuses to start here.
 	if c.MaxRetention > 0 && c.RenewalQPS*c.MaxRetention.Seconds() < float64(c.MaxCacheSize)/2 {
 		warnings = append(warnings, "--max-service-qps is too small to renew a full cache within --max-credential-retention-before-renewal; what is due late is renewed by the request that asks for it")
+	}
+	if c.NodeTokenFile != "" && c.RotateCredentials {
+		return nil, fmt.Errorf("%w: --node-token-file and --rotate-credentials name two sources of the node's credentials; give one", ErrConfig)
+	}
+	switch r := c.ContainerRuntime; {
+	case r == "", r == RuntimeAuto, r == RuntimeOff, path.IsAbs(r):
+	default:
+		return nil, fmt.Errorf("%w: --containerd-socket %q: give an absolute path, auto or off", ErrConfig, r)
 	}
 	if c.AuditSampleHits < 0 {
 		return nil, fmt.Errorf("%w: --audit-sample-hits %d: use 1 to record each hit, N for one of N, 0 for none", ErrConfig, c.AuditSampleHits)

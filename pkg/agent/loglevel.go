@@ -19,6 +19,7 @@ const (
 	LogPods        = "pods"        // the index of pods and their names
 	LogLinkLocal   = "linklocal"   // addresses and routes
 	LogTokens      = "tokens"      // the keys that tokens are checked with
+	LogUpstream    = "upstream"    // calls of EKS Auth, and the node's credentials for them
 	LogCache       = "cache"       // credentials and their renewal
 	LogEndpoint    = "endpoint"    // connections of pods
 	LogRequests    = "requests"    // what became of single requests
@@ -26,7 +27,7 @@ const (
 )
 
 func logComponents() []string {
-	return []string{LogAgent, LogAttribution, LogPods, LogLinkLocal, LogTokens, LogCache, LogEndpoint, LogRequests, LogAudit}
+	return []string{LogAgent, LogAttribution, LogPods, LogLinkLocal, LogTokens, LogUpstream, LogCache, LogEndpoint, LogRequests, LogAudit}
 }
 
 // LogAll names every component at once, for SetLogLevel.

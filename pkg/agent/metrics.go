@@ -51,16 +51,16 @@ func newMetrics(version string, mode string) *metrics {
 	m := &metrics{
 		registry: prometheus.NewRegistry(),
 		responses: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "pod_identity_http_response", Help: "Answers of the credential endpoint, by HTTP status."}, []string{"code"}),
+			Name: "pod_identity_http_response", Help: "Answers of the credential endpoint, by HTTP status (code)."}, []string{"code"}),
 		cacheError: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "pod_identity_cache_errors", Help: "Failed calls of EKS Auth, by whether cached credentials are kept (Recoverable) or dropped (NonRecoverable), and by its error code."}, []string{"type", "code"}),
+			Name: "pod_identity_cache_errors", Help: "Failed calls of EKS Auth, by whether cached credentials are kept (Recoverable) or dropped (NonRecoverable), and by the reason (code)."}, []string{"type", "code"}),
 		verdicts: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "latchkey_verdicts_total", Help: "Decisions by outcome (served, shadow: served though enforce mode would refuse, refused) and reason."}, []string{"outcome", "reason"}),
 		duration: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name: "latchkey_request_duration_seconds", Help: "Time from a request's head to its answer.",
 			Buckets: []float64{.00001, .000025, .00005, .0001, .00025, .0005, .001, .005, .025, .1, .25, .5, 1, 2}}),
 		upstream: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "latchkey_upstream_attempts_total", Help: "Calls of EKS Auth, by outcome."}, []string{"outcome"}),
+			Name: "latchkey_upstream_attempts_total", Help: "Calls of EKS Auth, each attempt, by outcome."}, []string{"outcome"}),
 		exchange: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name: "latchkey_upstream_attempt_duration_seconds", Help: "Time of one call of EKS Auth.",
 			Buckets: []float64{.005, .01, .025, .05, .1, .25, .5, 1, 2.5}}),
@@ -126,7 +126,9 @@ type sources struct {
 	keys               func() int // nil: 0
 	audit              func() audit.Stats
 	bpf                func() ([]attribution.Event, error)
+	reattached         func() uint64
 	pods               func() pods.Stats
+	runtimes           func() []pods.RuntimeStatus
 }
 
 func (m *metrics) register(s sources) {
@@ -145,6 +147,10 @@ func (m *metrics) register(s sources) {
 	}
 	if s.bpf != nil {
 		m.registry.MustRegister(newBPFCollector(s.bpf))
+		m.counterFunc("latchkey_bpf_reattached_total", "Programs that somebody had detached or replaced, and that were put back.", func() float64 { return float64(s.reattached()) })
+	}
+	if s.runtimes != nil {
+		m.registry.MustRegister(newRuntimeCollector(s.runtimes))
 	}
 	if s.pods != nil {
 		m.gauge("latchkey_pods", "Pods of this node, by their cgroups.", func() float64 { return float64(s.pods().Pods) })
@@ -169,6 +175,27 @@ func (m *metrics) familyRepairs(family linklocal.Family, f func() uint64) {
 // counterFunc is gauge for a value that only grows.
 func (m *metrics) counterFunc(name, help string, f func() float64) {
 	m.registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help}, f))
+}
+
+// runtimeCollector shows whether the container runtime tells names.
+type runtimeCollector struct {
+	status    func() []pods.RuntimeStatus
+	connected *prometheus.Desc
+}
+
+func newRuntimeCollector(status func() []pods.RuntimeStatus) *runtimeCollector {
+	return &runtimeCollector{status: status, connected: prometheus.NewDesc("latchkey_container_runtime_connected",
+		"1 while the names of pods are kept up to date from the container runtime; nothing is decided by them.", []string{"runtime"}, nil)}
+}
+
+// Describe implements prometheus.Collector.
+func (c *runtimeCollector) Describe(ch chan<- *prometheus.Desc) { ch <- c.connected }
+
+// Collect implements prometheus.Collector.
+func (c *runtimeCollector) Collect(ch chan<- prometheus.Metric) {
+	for _, s := range c.status() {
+		ch <- prometheus.MustNewConstMetric(c.connected, prometheus.GaugeValue, bool01(s.Connected), s.Runtime)
+	}
 }
 
 // auditCollector shows what became of the audit's records.
@@ -253,7 +280,7 @@ func newCacheCollector(stats func() credcache.Stats) *cacheCollector {
 	}
 	for name, help := range map[string]string{
 		"latchkey_cache_entries":             "Cached credentials.",
-		"latchkey_cache_bytes":               "Memory of cached credentials.",
+		"latchkey_cache_bytes":               "Memory of cached credentials, in bytes.",
 		"latchkey_cache_unverified_entries":  "Cached credentials of tokens that only EKS Auth has judged.",
 		"latchkey_cache_next_expiry_seconds": "Time until the first cached credentials end; 0 without any.",
 		"latchkey_cache_due":                 "Renewals that wait for the budget.",

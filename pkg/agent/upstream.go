@@ -6,6 +6,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
+	"net/http"
 	"os"
 	"path/filepath"
 	"time"
@@ -14,16 +16,23 @@ import (
 	awsconfig "github.com/aws/aws-sdk-go-v2/config"
 
 	"github.com/latchkey-dev/latchkey/pkg/eksauth"
+	"github.com/latchkey-dev/latchkey/pkg/nodeauth"
 )
 
 // rotateInterval is how old credentials read from a file may become.
 const rotateInterval = time.Minute
 
-// newUpstream makes the client of EKS Auth with the node's own credentials,
-// found as every AWS SDK finds them.
-func newUpstream(ctx context.Context, cfg *Config, observe func(eksauth.Attempt), permit func(context.Context) error) (*eksauth.Client, error) {
+// newUpstream makes the client of EKS Auth with the node's own credentials:
+// fetched for the node's token if there is one, else found as every AWS SDK
+// finds them.
+func newUpstream(ctx context.Context, cfg *Config, log *slog.Logger, observe func(eksauth.Attempt), permit func(context.Context) error) (*eksauth.Client, error) {
 	var opts []func(*awsconfig.LoadOptions) error
-	if cfg.RotateCredentials {
+	switch {
+	case cfg.NodeTokenFile != "":
+		// The SDK's own search ends here: what it might find on the node is for
+		// AWS, and not for the server that the token is for.
+		opts = append(opts, awsconfig.WithCredentialsProvider(aws.AnonymousCredentials{}))
+	case cfg.RotateCredentials:
 		opts = append(opts, awsconfig.WithCredentialsProvider(aws.NewCredentialsCache(credentialsFile{})))
 	}
 	a, err := awsconfig.LoadDefaultConfig(ctx, opts...)
@@ -45,6 +54,20 @@ func newUpstream(ctx context.Context, cfg *Config, observe func(eksauth.Attempt)
 	if cfg.Endpoint != "" {
 		ec.Endpoint, ec.FIPS = cfg.Endpoint, false
 	}
+	if cfg.NodeTokenFile != "" {
+		if ec.Endpoint == "" {
+			return nil, fmt.Errorf("%w: --node-token-file is for a Latchkey server: give its URL as --endpoint", ErrConfig)
+		}
+		p, err := nodeauth.NewProvider(nodeauth.ProviderConfig{
+			Endpoint: ec.Endpoint, Cluster: cfg.ClusterName, TokenFile: cfg.NodeTokenFile,
+			HTTP: &http.Client{Transport: ec.Transport}, Log: log,
+		})
+		if err != nil {
+			return nil, fmt.Errorf("%w: %w", ErrConfig, err)
+		}
+		ec.Credentials = p
+	}
+	ec.Logger = log
 	c, err := eksauth.New(ec)
 	if err != nil {
 		return nil, fmt.Errorf("EKS Auth client: %w", err)

@@ -5,11 +5,16 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/latchkey-dev/latchkey/pkg/nodeauth"
 )
 
 // lonely is an environment in which the SDK finds nothing of the machine's.
@@ -31,7 +36,7 @@ func lonely(t *testing.T) {
 func TestNewUpstreamNeedsARegion(t *testing.T) {
 	lonely(t)
 	cfg := good()
-	_, err := newUpstream(t.Context(), &cfg, nil, nil)
+	_, err := newUpstream(t.Context(), &cfg, slog.New(slog.DiscardHandler), nil, nil)
 	if !errors.Is(err, ErrConfig) || !strings.Contains(err.Error(), "AWS_REGION") {
 		t.Errorf("got %v, want a word about AWS_REGION", err)
 	}
@@ -55,7 +60,7 @@ func TestEndpointOfUpstream(t *testing.T) {
 			}
 			cfg := good()
 			cfg.Endpoint = c.flag
-			client, err := newUpstream(t.Context(), &cfg, nil, nil)
+			client, err := newUpstream(t.Context(), &cfg, slog.New(slog.DiscardHandler), nil, nil)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -96,5 +101,47 @@ func TestCredentialsFileIsReadAnew(t *testing.T) {
 	}
 	if c, err := (credentialsFile{}).Retrieve(t.Context()); err == nil {
 		t.Errorf("keys of another profile: %s", c.AccessKeyID)
+	}
+}
+
+// With a node token nothing else is searched for credentials, and what the
+// server gives is signed with.
+func TestNodeTokenIsTheOnlySource(t *testing.T) {
+	lonely(t)
+	t.Setenv("AWS_REGION", "eu-central-1")
+	t.Setenv("AWS_ACCESS_KEY_ID", "AKIAOFTHEENVIRONMENT")
+	t.Setenv("AWS_SECRET_ACCESS_KEY", "x")
+	file := filepath.Join(t.TempDir(), "token")
+	if err := os.WriteFile(file, []byte("a.b.c"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var signed []string
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == nodeauth.Path("prod") {
+			fmt.Fprintf(w, `{"node":{"name":"n1"},"credentials":{"accessKeyId":"LKNODEEXAMPLE","secretAccessKey":"secret","sessionToken":"session","expiration":%d}}`,
+				time.Now().Add(time.Hour).Unix())
+			return
+		}
+		signed = append(signed, r.Header.Get("Authorization"))
+		w.WriteHeader(http.StatusBadRequest)
+	}))
+	defer server.Close()
+
+	cfg := good()
+	cfg.ClusterName, cfg.NodeTokenFile = "prod", file
+	log := slog.New(slog.DiscardHandler)
+	if _, err := newUpstream(t.Context(), &cfg, log, nil, nil); !errors.Is(err, ErrConfig) || !strings.Contains(err.Error(), "--endpoint") {
+		t.Errorf("without an endpoint: %v", err)
+	}
+	cfg.Endpoint = server.URL
+	client, err := newUpstream(t.Context(), &cfg, log, nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := client.AssumeRoleForPodIdentity(t.Context(), "a.b.c"); err == nil {
+		t.Error("the stand-in refuses everything, and yet there are credentials")
+	}
+	if len(signed) == 0 || !strings.Contains(signed[0], "Credential=LKNODEEXAMPLE/") {
+		t.Errorf("signed with %q, want the server's key", signed)
 	}
 }
