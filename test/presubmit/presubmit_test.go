@@ -285,8 +285,8 @@ func TestDependenciesInTheirPlace(t *testing.T) {
 	for prefix, places := range map[string][]string{
 		"github.com/valyala/fasthttp":   {"pkg/credserver", "test/", "bench/"},
 		"github.com/cilium/ebpf":        {"bpf", "pkg/attribution", "test/", "demo"},
-		"github.com/containerd/":        {"pkg/pods", "test/"},
-		"google.golang.org/grpc":        {"pkg/pods", "pkg/etcd", "test/"},
+		"github.com/containerd/":        {"test/"},
+		"google.golang.org/grpc":        {"pkg/etcd", "test/"},
 		"github.com/vishvananda/":       {"pkg/linklocal", "pkg/pods", "test/", "demo"},
 		"github.com/spf13/cobra":        {"cmd/", "pkg/commandline", "test/cluster/"},
 		"github.com/go-jose/":           {"pkg/satoken", "test/"},
@@ -428,13 +428,13 @@ func TestPrivilegedTests(t *testing.T) {
 // flagDefinition matches the methods of pflag and flag that define a flag.
 var flagDefinition = regexp.MustCompile(`^(Bool|Count|Duration|Float(32|64)|IP|Int(8|16|32|64)?|String|Uint(8|16|32|64)?|Text)(Slice|Array|ToString|ToInt)?(Var)?P?$|^(Var)P?$`)
 
-// definedFlags finds the long names of the commands' flags, with where each is
-// defined.
-func definedFlags(t *testing.T) map[string]string {
+// definedFlags finds the long names of the commands' flags in the files that are
+// wanted, with where each is defined.
+func definedFlags(t *testing.T, wanted func(file string) bool) map[string]string {
 	t.Helper()
 	out := map[string]string{}
 	for _, f := range goFiles(t) {
-		if f.test() || !strings.HasPrefix(f.name, "cmd/") {
+		if f.test() || !strings.HasPrefix(f.name, "cmd/") || !wanted(f.name) {
 			continue
 		}
 		ast.Inspect(f.ast, func(n ast.Node) bool {
@@ -495,13 +495,25 @@ func documentedNames(t *testing.T, doc string, name *regexp.Regexp) map[string]b
 	return out
 }
 
+// Each half has its own documents of flags and metrics.
+const (
+	agentFlags    = "docs/flags.md"
+	serverFlags   = "docs/server-flags.md"
+	agentMetrics  = "docs/metrics.md"
+	serverMetrics = "docs/server-metrics.md"
+)
+
 func TestFlagsAreDocumented(t *testing.T) {
-	defined := definedFlags(t)
-	if len(defined) == 0 {
-		t.Fatal("no flag was found below cmd/: this test does not see them any more")
+	flag := regexp.MustCompile("`(?:-[a-z], )?--([a-z0-9-]+)`")
+	for _, doc := range []string{agentFlags, serverFlags} {
+		defined := definedFlags(t, func(file string) bool {
+			return strings.HasPrefix(file, "cmd/latchkey-server/") == (doc == serverFlags)
+		})
+		if len(defined) == 0 {
+			t.Fatalf("no flag of %s was found below cmd/: this test does not see them any more", doc)
+		}
+		compare(t, doc, "flag", defined, documentedNames(t, doc, flag))
 	}
-	const doc = "docs/flags.md"
-	compare(t, doc, "flag", defined, documentedNames(t, doc, regexp.MustCompile("`(?:-[a-z], )?--([a-z0-9-]+)`")))
 }
 
 func TestMetricsAreDocumented(t *testing.T) {
@@ -523,8 +535,14 @@ func TestMetricsAreDocumented(t *testing.T) {
 	if len(defined) == 0 {
 		t.Fatal("no metric was found below pkg/: this test does not see them any more")
 	}
-	const doc = "docs/metrics.md"
-	compare(t, doc, "metric", defined, documentedNames(t, doc, regexp.MustCompile("`((?:latchkey|pod_identity)_[a-z0-9_]+)")))
+	name := regexp.MustCompile("`((?:latchkey|pod_identity)_[a-z0-9_]+)")
+	for _, doc := range []string{agentMetrics, serverMetrics} {
+		ofDoc := maps.Clone(defined)
+		maps.DeleteFunc(ofDoc, func(metric, _ string) bool {
+			return strings.HasPrefix(metric, "latchkey_server_") != (doc == serverMetrics)
+		})
+		compare(t, doc, "metric", ofDoc, documentedNames(t, doc, name))
+	}
 }
 
 // A test named in a document exists.
