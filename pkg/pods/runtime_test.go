@@ -3,6 +3,7 @@
 package pods
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -11,6 +12,7 @@ import (
 	"log/slog"
 	"maps"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
@@ -27,6 +29,7 @@ import (
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -353,6 +356,50 @@ func TestContainerdRelists(t *testing.T) {
 	}
 }
 
+// What is no gRPC server is an error, whatever it says.
+func TestNoGRPC(t *testing.T) {
+	for name, answer := range map[string]func(http.ResponseWriter){
+		"status":      func(w http.ResponseWriter) { w.WriteHeader(http.StatusNotFound) },
+		"nothing":     func(http.ResponseWriter) {},
+		"half prefix": func(w http.ResponseWriter) { _, _ = w.Write([]byte{0, 0}) },
+		"half":        func(w http.ResponseWriter) { _, _ = w.Write([]byte{0, 0, 0, 0, 9, 1}) },
+		"compressed":  func(w http.ResponseWriter) { _, _ = w.Write([]byte{1, 0, 0, 0, 1, 1}) },
+		"too long":    func(w http.ResponseWriter) { _, _ = w.Write([]byte{0, 255, 0, 0, 0}) },
+		"refused": func(w http.ResponseWriter) {
+			w.Header().Set("Grpc-Status", "7")
+			w.Header().Set("Grpc-Message", "no%0away")
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir, err := os.MkdirTemp("", "grpc")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer os.RemoveAll(dir)
+			ln, err := net.Listen("unix", dir+"/s")
+			if err != nil {
+				t.Fatal(err)
+			}
+			var protocols http.Protocols
+			protocols.SetUnencryptedHTTP2(true)
+			srv := &http.Server{Protocols: &protocols, Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { answer(w) })}
+			done := make(chan struct{})
+			go func() { defer close(done); _ = srv.Serve(ln) }()
+			defer func() { srv.Close(); <-done }()
+			c := dialGRPC(dir+"/s", nil)
+			defer c.close()
+			err = c.call(t.Context(), callGet, nil, nil, func([]byte) error { return nil })
+			var status *grpcError
+			switch {
+			case err == nil:
+				t.Error("taken for an answer")
+			case name == "refused" && (!errors.As(err, &status) || status.code != 7 || status.message != "no\uFFFDway"):
+				t.Errorf("got %v", err)
+			}
+		})
+	}
+}
+
 func TestFindSocket(t *testing.T) {
 	dir := t.TempDir()
 	file := filepath.Join(dir, "file")
@@ -616,12 +663,26 @@ func TestParseBootTime(t *testing.T) {
 	}
 }
 
-func FuzzEventID(f *testing.F) {
-	f.Add(protowire.AppendString(protowire.AppendTag(nil, 1, protowire.BytesType), "abc"))
-	f.Add(protowire.AppendVarint(protowire.AppendTag(nil, 2, protowire.VarintType), 7))
+func FuzzMessage(f *testing.F) {
+	add := func(m proto.Message) {
+		b, err := proto.Marshal(m)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(b)
+	}
+	id1 := protowire.AppendString(protowire.AppendTag(nil, 1, protowire.BytesType), "abc")
+	add(&types.Envelope{Timestamp: timestamppb.New(born), Namespace: "k8s.io", Topic: "/containers/create", Event: &anypb.Any{TypeUrl: "x", Value: id1}})
+	add(&containersapi.ListContainerMessage{Container: sandboxOfContainerd(id("a"), uidA, "web", "/run/netns/1", map[string]string{"app": "web"})})
+	add(&containersapi.GetContainerResponse{Container: containerOfContainerd(id("b"), uidA, "web", "server", id("a"))})
 	f.Fuzz(func(t *testing.T, b []byte) {
-		if got := eventID(b); got != "" && !isID(got) {
+		if _, got := decodeEnvelope(b); got != "" && !isID(got) {
 			t.Errorf("%q", got)
+		}
+		if c, err := decodeContainer(b); err == nil {
+			if e, ok := containerdRecord(c); ok && (!isID(e.id) || e.uid == "") {
+				t.Errorf("%+v", e)
+			}
 		}
 	})
 }
@@ -655,8 +716,15 @@ func FuzzSpec(f *testing.F) {
 		}
 		c := sandboxOfContainerd(id("a"), uidA, string(b), "", map[string]string{string(b): string(b)})
 		c.Spec.Value = b
-		if e, ok := containerdRecord(c); ok {
-			check(e)
+		// Made with containerd's code, read with ours.
+		if m, err := proto.Marshal(&containersapi.ListContainerMessage{Container: c}); err == nil {
+			read, err := decodeContainer(m)
+			if err != nil || read.id != c.GetID() || !bytes.Equal(read.spec, b) || !maps.Equal(read.labels, c.GetLabels()) {
+				t.Fatalf("%v: %+v", err, read)
+			}
+			if e, ok := containerdRecord(read); ok {
+				check(e)
+			}
 		}
 	})
 }
