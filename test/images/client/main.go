@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Command workload is what runs in the suites' pods. What it prints is JSON and
+// Command client is what runs in the suites' pods. What it prints is JSON and
 // holds nothing that could be used: no secret, no token.
 //
-//	workload hold              wait for a signal
-//	workload fetch             credentials by the default chain of aws-sdk-go-v2
-//	workload get [FILE|-]      one request with the token of the pod, of FILE, or
+//	client hold              wait for a signal
+//	client fetch             credentials by the default chain of aws-sdk-go-v2
+//	client get [FILE|-]      one request with the token of the pod, of FILE, or
 //	                           of standard input; not retried
-//	workload must              the same with the pod's token: exits with 1 unless
+//	client must              the same with the pod's token: exits with 1 unless
 //	                           the first answer is credentials
-//	workload connection        keep one connection; a request for each line "get"
-//	workload ask INTERVAL FILE a request every so often, each on a new connection,
+//	client connection        keep one connection; a request for each line "get"
+//	client ask INTERVAL FILE a request every so often, each on a new connection,
 //	                           its outcome a line in FILE
 //
 // fetch exits with 1 if it got no credentials, get if it got no response.
@@ -57,11 +57,11 @@ func run() int {
 	case verb == "ask" && len(args) == 2:
 		err = ask(ctx, args[0], args[1])
 	default:
-		fmt.Fprintln(os.Stderr, "usage: workload hold | fetch | get [FILE|-] | must | connection | ask INTERVAL FILE")
+		fmt.Fprintln(os.Stderr, "usage: client hold | fetch | get [FILE|-] | must | connection | ask INTERVAL FILE")
 		return 2
 	}
 	if err != nil {
-		fmt.Fprintln(os.Stderr, "workload:", err)
+		fmt.Fprintln(os.Stderr, "client:", err)
 		return 1
 	}
 	return 0
