@@ -284,10 +284,10 @@ func TestImportArrows(t *testing.T) {
 func TestDependenciesInTheirPlace(t *testing.T) {
 	for prefix, places := range map[string][]string{
 		"github.com/valyala/fasthttp":   {"pkg/credserver", "test/", "bench/"},
-		"github.com/cilium/ebpf":        {"bpf", "pkg/attribution", "test/", "demo"},
+		"github.com/cilium/ebpf":        {"bpf", "pkg/attribution", "pkg/diagnose", "test/", "demo"},
 		"github.com/containerd/":        {"test/"},
 		"google.golang.org/grpc":        {"pkg/etcd", "test/"},
-		"github.com/vishvananda/":       {"pkg/linklocal", "pkg/pods", "test/", "demo"},
+		"github.com/vishvananda/":       {"pkg/linklocal", "pkg/pods", "pkg/diagnose", "test/", "demo"},
 		"github.com/spf13/cobra":        {"cmd/", "pkg/commandline", "test/cluster/"},
 		"github.com/go-jose/":           {"pkg/satoken", "test/"},
 		"k8s.io/":                       {"pkg/association", "pkg/tokencheck", "pkg/webhook", "pkg/addon", "pkg/server", "test/", "cmd/latchkey-server"},
