@@ -98,6 +98,9 @@ var (
 	userName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.@-]{0,63}$`)
 	keyID    = regexp.MustCompile(`^[A-Za-z0-9_-]{4,128}$`)
 	secret   = regexp.MustCompile(`^[!-~]+$`)
+	// quoted is what the YAML decoder cites of the file, which can be a secret in
+	// the wrong place.
+	quoted = regexp.MustCompile("`[^`]*`|unknown anchor '.*' referenced")
 )
 
 // Parse reads and checks a users file. Errors are ErrFile and name the line.
@@ -128,7 +131,7 @@ func parse(b []byte) ([]User, *table, error) {
 	// A misspelt "conditions" would else be a permission without any.
 	dec.KnownFields(true)
 	if err := dec.Decode(&file); err != nil && !errors.Is(err, io.EOF) {
-		return nil, nil, fmt.Errorf("%w: %w", ErrFile, err)
+		return nil, nil, fmt.Errorf("%w: %s", ErrFile, quoted.ReplaceAllString(err.Error(), "a value"))
 	}
 	var another yaml.Node
 	if err := dec.Decode(&another); !errors.Is(err, io.EOF) {
