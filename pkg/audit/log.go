@@ -170,7 +170,7 @@ func (l *Log) Add(worker uint32, r *Record) {
 	switch n {
 	case 1:
 		signal(l.wake)
-	case len(q.records) / 2:
+	case l.cfg.Capacity / 2:
 		signal(l.urgent)
 	}
 }

@@ -62,7 +62,7 @@ func start(t *testing.T, cfg Config) (*Log, func()) {
 func TestLogWritesEverything(t *testing.T) {
 	sink := &memory{}
 	const workers, each = 4, 500
-	l, end := start(t, Config{Sink: sink, SampleHits: 1, Queues: workers, Capacity: 4 * each})
+	l, end := start(t, Config{Sink: sink, SampleHits: 1, Queues: workers, Capacity: 4 * each, Linger: time.Nanosecond})
 	var wg sync.WaitGroup
 	for w := range workers {
 		wg.Go(func() {

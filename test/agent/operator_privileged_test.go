@@ -337,7 +337,8 @@ func TestPrivilegedCLI(t *testing.T) {
 // secret, whatever happened, at the most talkative level.
 func TestPrivilegedNothingSecretIsShown(t *testing.T) {
 	w := newWorld(t, rig.Config{})
-	w.start(t, "-v", "trace")
+	audit := filepath.Join(t.TempDir(), "audit.log")
+	w.start(t, "-v", "trace", "--audit", "file:"+audit)
 	victim, thief := w.newPod(t, testnode.PodConfig{}), w.newPod(t, testnode.PodConfig{})
 	inVictim, inThief := newClient(t, victim.Place()), newClient(t, thief.Place())
 	shown := map[string]string{}
@@ -389,6 +390,11 @@ func TestPrivilegedNothingSecretIsShown(t *testing.T) {
 	a := w.agent
 	w.stop(t)
 	shown["the log"] = a.Log()
+	_, raw := readAudit(t, audit)
+	shown["the audit"] = string(raw)
+	if len(raw) == 0 {
+		t.Error("the audit is empty")
+	}
 
 	for what, text := range shown {
 		for _, s := range secrets {
