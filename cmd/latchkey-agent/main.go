@@ -180,21 +180,34 @@ func newServer(out io.Writer, verbosity *string) *cobra.Command {
 }
 
 func newInitialize(logger func() (*slog.Logger, error)) *cobra.Command {
-	return &cobra.Command{
+	var bpffs string
+	cmd := &cobra.Command{
 		Use:   "initialize",
 		Short: "Put the link-local addresses on the node, and exit",
 		Long: "initialize makes the link pod-id-link0 (or, where the kernel has no dummy links, uses lo),\n" +
 			"gives it 169.254.170.23 and fd00:ec2::23 and their routes. It needs CAP_NET_ADMIN and may be\n" +
-			"run again. IPv6 that is missing is reported and no failure.",
+			"run again. IPv6 that is missing is reported and no failure.\n" +
+			"With --mount-bpffs it also mounts a bpf filesystem, if none is there, which needs CAP_SYS_ADMIN.",
 		Args: commandline.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			log, err := logger()
 			if err != nil {
 				return err
 			}
+			if bpffs != "" {
+				mounted, err := agent.MountBPFFS(bpffs)
+				if err != nil {
+					return err
+				}
+				if mounted {
+					log.Info("mounted a bpf filesystem", "directory", bpffs)
+				}
+			}
 			return agent.Initialize(cmd.Context(), linklocal.Config{Logger: log})
 		},
 	}
+	cmd.Flags().StringVar(&bpffs, "mount-bpffs", "", "`directory` to mount a bpf filesystem on, if it is none yet; usually /sys/fs/bpf. Empty: mount nothing")
+	return cmd
 }
 
 func newCleanup(out io.Writer, logger func() (*slog.Logger, error)) *cobra.Command {
