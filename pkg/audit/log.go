@@ -12,6 +12,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/latchkey-dev/latchkey/pkg/evidence"
 )
 
 // Defaults of Config.
@@ -108,7 +110,7 @@ func New(cfg Config) (*Log, error) {
 	if cfg.Capacity == 0 {
 		cfg.Capacity = DefaultCapacity
 	}
-	// A quarter is kept for what is no hit.
+	// A quarter is kept for what is no hit: see Add.
 	cfg.Capacity = max(cfg.Capacity, 4)
 	if cfg.Linger == 0 {
 		cfg.Linger = DefaultLinger
@@ -149,13 +151,18 @@ func (l *Log) Hit() bool {
 
 // Add records r, of which it keeps a copy. Worker is any number that tells
 // those apart who call at the same time. If there is no room the record is
-// counted and lost: hits while there is still some for refusals.
+// counted and lost: hits while there is still some for refusals, and requests
+// beyond a pod's limit while there is some for both.
 func (l *Log) Add(worker uint32, r *Record) {
 	q := &l.queues[worker&l.mask]
 	q.mu.Lock()
 	room := len(q.records)
-	if r.Hit {
+	switch {
+	case r.Hit:
 		room -= room / 4
+	case r.Reason == evidence.ReasonRateLimited:
+		// The one thing that a pod can be refused for as fast as it can connect.
+		room /= 2
 	}
 	if q.n >= room {
 		q.dropped++

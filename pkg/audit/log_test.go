@@ -9,6 +9,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/latchkey-dev/latchkey/pkg/evidence"
 )
 
 // memory is a sink that keeps lines, blocks while it is told to, and fails as
@@ -138,6 +140,32 @@ func TestLogNeverBlocks(t *testing.T) {
 	}
 	if refused != 2 {
 		t.Errorf("%d refusals, want 2: hits took their room", refused)
+	}
+}
+
+// A pod that is over its limit cannot push others' records out.
+func TestLogKeepsRoomBesidesFloods(t *testing.T) {
+	l, err := New(Config{Sink: &memory{}, SampleHits: 1, Queues: 1, Capacity: 100})
+	if err != nil {
+		t.Fatal(err)
+	}
+	add := func(n int, r Record) {
+		for range n {
+			l.Add(0, &r)
+		}
+	}
+	flood := stolen()
+	flood.Status, flood.Reason = 429, evidence.ReasonRateLimited
+	add(1000, flood)
+	add(1000, issued())
+	add(1000, stolen())
+	l.drain()
+	count := map[string]int{}
+	for _, line := range l.cfg.Sink.(*memory).lines {
+		count[decode(t, line)["reason"].(string)]++
+	}
+	if count["rate_limited"] != 50 || count["served"] != 25 || count["pod_mismatch"] != 25 || l.Stats().Full != 2900 {
+		t.Errorf("%v, %+v", count, l.Stats())
 	}
 }
 
