@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"go.etcd.io/etcd/api/v3/mvccpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/latchkey-dev/latchkey/pkg/etcd"
@@ -247,4 +248,8 @@ func same(a, b Association) bool {
 		a.RoleARN == b.RoleARN && a.TargetRoleARN == b.TargetRoleARN && a.ExternalID == b.ExternalID && a.Policy == b.Policy &&
 		a.OwnerARN == b.OwnerARN && a.DisableSessionTags == b.DisableSessionTags &&
 		a.CreatedAt.Equal(b.CreatedAt) && a.ModifiedAt.Equal(b.ModifiedAt) && a.Revision == b.Revision
+}
+
+func keyValue(key, value string) *mvccpb.KeyValue {
+	return &mvccpb.KeyValue{Key: []byte(key), Value: []byte(value), ModRevision: 1, CreateRevision: 1}
 }
