@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Command latchkey is the debug CLI: it asks the agent on this node, over its
-// admin socket, which pod maps to which role and why.
+// admin socket, which pod maps to which role and why, and where that fails.
 package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -14,31 +13,38 @@ import (
 	"os/signal"
 	"strings"
 	"syscall"
-	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/latchkey-dev/latchkey/pkg/adminapi"
 	"github.com/latchkey-dev/latchkey/pkg/commandline"
+	"github.com/latchkey-dev/latchkey/pkg/diagnose"
 )
 
 // version is set by the linker.
 var version string
 
-// Exit codes, for scripts.
+// Exit codes, for scripts; exitCodes says them to people.
 const (
 	exitOK       = 0
 	exitFailed   = 1 // the agent could not be asked
 	exitUsage    = 2 // the command line or the query makes no sense
 	exitNotFound = 3 // the agent knows nothing of it
+	exitBroken   = 4 // asked and answered: something is wrong
 )
+
+const exitCodes = "Exit codes: 0 done, and nothing is wrong; 1 the agent could not be asked; 2 the command line or\n" +
+	"the query makes no sense; 3 nothing was found; 4 explain found a cause, doctor a failure, or token\na token that is refused."
+
+// errBroken ends with exitBroken. What is wrong has been said.
+var errBroken = errors.New("something is wrong")
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	err := newRoot(os.Stdout, time.Now).ExecuteContext(ctx)
-	if err != nil {
+	if err != nil && !errors.Is(err, errBroken) {
 		fmt.Fprintln(os.Stderr, "latchkey:", err)
 	}
 	os.Exit(exitCode(err))
@@ -53,203 +59,121 @@ func exitCode(err error) int {
 		return exitUsage
 	case errors.Is(err, adminapi.ErrNotFound):
 		return exitNotFound
+	case errors.Is(err, errBroken):
+		return exitBroken
 	}
 	return exitFailed
 }
 
+// cli is what all verbs share.
 type cli struct {
 	out    io.Writer
 	now    func() time.Time
 	socket string
 	format string
+	colour bool
+	// child tries connections in network namespaces: see diagnose.Child.
+	child diagnose.Child
 }
 
 func newRoot(out io.Writer, now func() time.Time) *cobra.Command {
-	c := &cli{out: out, now: now}
+	c := &cli{out: out, now: now, colour: colourful(out), child: diagnose.Child{Command: []string{"/proc/self/exe", reachVerb}}}
 	root := commandline.Root(out, "latchkey", "Show which pod of this node maps to which role, and why",
-		"latchkey asks the latchkey-agent of this node, over its admin socket (root only).\nIt never shows a secret or a token.\n\nExit codes: 0 done, 1 the agent could not be asked, 2 usage, 3 nothing found.",
+		"latchkey asks the latchkey-agent of this node, over its admin socket (root only). It never shows a\nsecret or a token.\n\n"+
+			"Start with explain POD when a pod gets no credentials, and with doctor when none does.\n\n"+
+			"Tables are for people; -o json and -o yaml are for scripts. Colour is used on a terminal only, and not\nif NO_COLOR is set.\n\n"+exitCodes,
 		commandline.Version(version))
 	root.PersistentFlags().StringVar(&c.socket, "admin-socket", adminapi.DefaultSocket, "the agent's admin `socket`")
-
-	pods := &cobra.Command{
-		Use:   "pods",
-		Short: "List the node's pods: service account, role, credentials, last verdict",
-		Args:  commandline.NoArgs,
-		Example: "  latchkey pods\n" +
-			"  latchkey pods -o json | jq '.pods[] | select(.credentials == \"valid\") | .role'",
-		RunE: c.pods,
+	verbs := []*cobra.Command{
+		c.podsVerb(), c.explainVerb(), c.whoisVerb(), c.denialsVerb(), c.cacheVerb(), c.tokenVerb(),
+		c.bpfVerb(), c.doctorVerb(), c.logLevelVerb(), c.statusVerb(),
 	}
-	whois := &cobra.Command{
-		Use:   "whois QUERY",
-		Short: "Say which pod a process, connection, cgroup or UID is",
-		Long: "QUERY is one of\n" +
-			"  a process id of the node, such as 4242\n" +
-			"  the client end of a connection to the agent, such as 10.88.0.2:41234 or [fd00:88::2]:41234\n" +
-			"  a cgroup path, such as /kubepods.slice/kubepods-pod….slice\n" +
-			"  a cgroup id, such as cgroup:12345\n" +
-			"  a pod UID",
-		Args: func(cmd *cobra.Command, args []string) error {
-			if len(args) != 1 || args[0] == "" {
-				return commandline.UsageError{Err: errors.New("whois takes one QUERY: a pid, ip:port, cgroup path, cgroup:ID or pod UID; see latchkey whois --help")}
+	for _, v := range verbs {
+		v.PersistentFlags().StringVarP(&c.format, "output", "o", formatTable, "`format`: table, wide, json or yaml")
+		_ = v.RegisterFlagCompletionFunc("output", cobra.FixedCompletions(formats, cobra.ShellCompDirectiveNoFileComp))
+		check := v.PreRunE
+		v.PersistentPreRunE = func(cmd *cobra.Command, args []string) error {
+			if err := c.checkFormat(); err != nil {
+				return err
+			}
+			if check != nil {
+				return check(cmd, args)
 			}
 			return nil
-		},
-		RunE: c.whois,
+		}
+		root.AddCommand(v)
 	}
-	status := &cobra.Command{
-		Use:   "status",
-		Short: "Show the agent: what it attests, listens on and checks tokens with",
-		Args:  commandline.NoArgs,
-		RunE:  c.status,
-	}
-	for _, cmd := range []*cobra.Command{pods, whois, status} {
-		cmd.Flags().StringVarP(&c.format, "output", "o", "table", "`format`: table or json")
-		_ = cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"table", "json"}, cobra.ShellCompDirectiveNoFileComp))
-		root.AddCommand(cmd)
-	}
+	root.AddCommand(reachCommand(out))
 	return root
 }
 
-func (c *cli) json() (bool, error) {
-	switch c.format {
-	case "json":
-		return true, nil
-	case "table":
-		return false, nil
+func (c *cli) agent() *adminapi.Client { return adminapi.NewClient(c.socket) }
+
+// reachVerb is what the CLI executes itself with to enter a network namespace.
+const reachVerb = "reach-from"
+
+func reachCommand(out io.Writer) *cobra.Command {
+	return &cobra.Command{
+		Use: reachVerb + " NETNS ADDRESS...", Hidden: true, Short: "Try connections from a network namespace",
+		Args: func(cmd *cobra.Command, args []string) error {
+			if len(args) < 2 {
+				return usage(cmd, "takes the file of a network namespace and addresses, ip:port")
+			}
+			return nil
+		},
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return diagnose.ReachFrom(cmd.Context(), out, args[0], args[1:])
+		},
 	}
-	return false, commandline.UsageError{Err: fmt.Errorf("unknown output format %q: use table or json", c.format)}
 }
 
-func (c *cli) printJSON(v any) error {
-	enc := json.NewEncoder(c.out)
-	enc.SetIndent("", "  ")
-	enc.SetEscapeHTML(false)
-	return enc.Encode(v)
+// usage is a command line that cannot be understood, and what was expected.
+func usage(cmd *cobra.Command, format string, args ...any) error {
+	return commandline.UsageError{Err: fmt.Errorf("%s %s; see %s --help", cmd.Name(), fmt.Sprintf(format, args...), cmd.CommandPath())}
 }
 
-func (c *cli) pods(cmd *cobra.Command, _ []string) error {
-	asJSON, err := c.json()
-	if err != nil {
-		return err
-	}
-	pods, err := adminapi.NewClient(c.socket).Pods(cmd.Context())
-	if err != nil {
-		return err
-	}
-	if asJSON {
-		return c.printJSON(adminapi.Pods{Pods: pods})
-	}
-	if len(pods) == 0 {
-		fmt.Fprintln(c.out, "No pods on this node.")
-		return nil
-	}
-	w := tabwriter.NewWriter(c.out, 0, 4, 2, ' ', 0)
-	fmt.Fprintln(w, "NAMESPACE\tPOD\tSERVICE ACCOUNT\tROLE\tCREDENTIALS\tEXPIRES IN\tLAST VERDICT\tPOD UID")
-	for _, p := range pods {
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", dash(p.Namespace), dash(p.Name), dash(p.ServiceAccount),
-			dash(roleName(p.Role)), p.Credentials, c.until(p.Expires), c.verdict(p), p.UID)
-	}
-	return w.Flush()
-}
-
-func (c *cli) whois(cmd *cobra.Command, args []string) error {
-	asJSON, err := c.json()
-	if err != nil {
-		return err
-	}
-	who, err := adminapi.NewClient(c.socket).Whois(cmd.Context(), args[0])
-	if err != nil {
-		return err
-	}
-	if asJSON {
-		return c.printJSON(who)
-	}
-	w := tabwriter.NewWriter(c.out, 0, 4, 2, ' ', 0)
-	for _, s := range who.Steps {
-		fmt.Fprintf(w, "%s\t%s\t(%s)\n", s.What, s.Value, s.Source)
-	}
-	if p := who.Pod; p != nil {
-		fmt.Fprintf(w, "pod\t%s\t\n", p.UID)
-		fmt.Fprintf(w, "service account\t%s\t\n", dash(strings.Trim(p.Namespace+"/"+p.ServiceAccount, "/")))
-		fmt.Fprintf(w, "role\t%s\t\n", dash(p.Role))
-		fmt.Fprintf(w, "credentials\t%s\t\n", p.Credentials)
-		fmt.Fprintf(w, "last verdict\t%s\t\n", c.verdict(*p))
-	}
-	return w.Flush()
-}
-
-func (c *cli) status(cmd *cobra.Command, _ []string) error {
-	asJSON, err := c.json()
-	if err != nil {
-		return err
-	}
-	s, err := adminapi.NewClient(c.socket).Status(cmd.Context())
-	if err != nil {
-		return err
-	}
-	if asJSON {
-		return c.printJSON(s)
-	}
-	w := tabwriter.NewWriter(c.out, 0, 4, 2, ' ', 0)
-	attesting := "no"
-	if s.Attesting {
-		attesting = "yes"
-	}
-	fmt.Fprintf(w, "version\t%s\nrunning for\t%s\ncluster\t%s\nattestation\t%s\nkernel attests\t%s\ntoken keys\t%s\nkubepods cgroup\t%s\nattached at\t%s\n",
-		s.Version, c.now().Sub(s.Started).Round(time.Second), s.Cluster, s.Attestation, attesting, s.Keys, dash(s.Kubepods), dash(s.AttachedAt))
-	for ns, mode := range s.Exceptions {
-		fmt.Fprintf(w, "attestation of %s\t%s\n", ns, mode)
-	}
-	for _, f := range s.Fallbacks {
-		fmt.Fprintf(w, "fallback\t%s\n", f)
-	}
-	for _, l := range s.Listeners {
-		state := "serving"
-		if !l.Serving {
-			state = "not serving: " + l.Error
+// oneOf refuses a flag's value that is none of these.
+func oneOf(cmd *cobra.Command, flag, value string, allowed []string) error {
+	for _, a := range allowed {
+		if value == a {
+			return nil
 		}
-		fmt.Fprintf(w, "%s\t%s\n", l.Address, state)
 	}
-	return w.Flush()
+	last := len(allowed) - 1
+	return usage(cmd, "--%s %q: use %s or %s", flag, value, strings.Join(allowed[:last], ", "), allowed[last])
 }
 
-func dash(s string) string {
-	if s == "" {
-		return "-"
+// oneQuery wants one argument that names a pod, process or connection.
+func oneQuery(cmd *cobra.Command, args []string) error {
+	if len(args) != 1 || args[0] == "" {
+		return usage(cmd, "takes one QUERY: a pid, ip:port, cgroup path, cgroup:ID, container id, pod UID or NAMESPACE/POD")
 	}
-	return s
+	return nil
 }
 
-// roleName is the last part of a role's ARN; the whole is in -o json.
-func roleName(arn string) string {
-	if _, name, ok := strings.Cut(arn, ":role/"); ok {
-		return name
-	}
-	if _, name, ok := strings.Cut(arn, ":assumed-role/"); ok {
-		role, _, _ := strings.Cut(name, "/")
-		return role
-	}
-	return arn
-}
+const queryHelp = "QUERY is one of\n" +
+	"  a pod, as NAMESPACE/POD, by its name alone if that is unique, or by its UID\n" +
+	"  a process id of the node, such as 4242\n" +
+	"  the client end of a connection to the agent, such as 10.88.0.2:41234 or [fd00:88::2]:41234\n" +
+	"  a cgroup path, such as /kubepods.slice/kubepods-pod….slice, or a cgroup id, such as cgroup:12345\n" +
+	"  a container id, whole or its beginning"
 
-func (c *cli) until(t *time.Time) string {
-	if t == nil {
-		return "-"
+// completePods offers the pods' names.
+func (c *cli) completePods(cmd *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
+	if len(args) > 0 {
+		return nil, cobra.ShellCompDirectiveNoFileComp
 	}
-	d := t.Sub(c.now()).Round(time.Second)
-	if d <= 0 {
-		return "expired"
+	pods, err := c.agent().Pods(cmd.Context())
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveNoFileComp
 	}
-	return d.String()
-}
-
-func (c *cli) verdict(p adminapi.Pod) string {
-	v := dash(p.Verdict)
-	if p.LastAsked != nil {
-		v += fmt.Sprintf(", %s ago", c.now().Sub(*p.LastAsked).Round(time.Second))
+	var out []string
+	for _, p := range pods {
+		if p.Name != "" {
+			out = append(out, p.Namespace+"/"+p.Name)
+		} else {
+			out = append(out, p.UID)
+		}
 	}
-	if p.Ended {
-		v += " (pod has ended)"
-	}
-	return v
+	return out, cobra.ShellCompDirectiveNoFileComp
 }

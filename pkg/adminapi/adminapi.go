@@ -513,6 +513,11 @@ func ask[T any](ctx context.Context, c *Client, method, path string, query url.V
 		return out, fmt.Errorf("ask the agent: %w", err)
 	}
 	resp, err := c.http.Do(req)
+	// The URL around the cause is made up, and says nothing to people.
+	var failed *url.Error
+	if errors.As(err, &failed) {
+		err = failed.Err
+	}
 	switch {
 	case err == nil:
 	case errors.Is(err, os.ErrPermission):

@@ -182,3 +182,19 @@ func readInside(procfs string, pid int, path string) (string, error) {
 	data, err := io.ReadAll(io.LimitReader(f, maxToken+1))
 	return string(data), err
 }
+
+// Leaf gives a cgroup of a pod that holds processes, as a new one of the pod's
+// would be made in; empty if there is none.
+func Leaf(dir string) string {
+	leaf := ""
+	_ = filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
+		if err != nil || leaf != "" || !e.IsDir() {
+			return nil
+		}
+		if data, err := os.ReadFile(filepath.Join(path, "cgroup.procs")); err == nil && len(data) > 0 {
+			leaf = path
+		}
+		return nil
+	})
+	return leaf
+}

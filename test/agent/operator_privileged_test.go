@@ -296,7 +296,7 @@ func TestPrivilegedCLI(t *testing.T) {
 		{"no query", []string{"whois"}, 2, "takes one QUERY"},
 		{"two queries", []string{"whois", "1", "2"}, 2, "takes one QUERY"},
 		{"an empty query", []string{"whois", ""}, 2, "takes one QUERY"},
-		{"an unknown format", []string{"pods", "-o", "yaml"}, 2, "use table or json"},
+		{"an unknown format", []string{"pods", "-o", "xml"}, 2, "use table, wide, json or yaml"},
 		{"an unknown flag", []string{"pods", "--all"}, 2, "--all"},
 		{"an argument", []string{"pods", "web"}, 2, "unknown argument"},
 	} {
