@@ -16,8 +16,10 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -41,7 +43,42 @@ func run() error {
 			return err
 		}
 	}
+	if slices.Contains(os.Args, "delete") {
+		return remove(runc)
+	}
 	return syscall.Exec(runc, append([]string{runc}, os.Args[1:]...), os.Environ())
+}
+
+// remove runs runc to delete a container, and removes its pod's group once
+// that is empty: the kubelet removes those that it has named, and this is not
+// one of them.
+func remove(runc string) error {
+	var state struct {
+		CgroupPaths map[string]string `json:"cgroup_paths"`
+	}
+	if at := slices.Index(os.Args, "--root"); at > 0 && at+1 < len(os.Args) {
+		// The container's state goes with it, so it is read first. There may be
+		// none, after a failed start.
+		if raw, err := os.ReadFile(filepath.Join(os.Args[at+1], os.Args[len(os.Args)-1], "state.json")); err == nil {
+			if err := json.Unmarshal(raw, &state); err != nil {
+				return fmt.Errorf("the container's state: %w", err)
+			}
+		}
+	}
+	cmd := exec.Command(runc, os.Args[1:]...)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	err := cmd.Run()
+	for _, path := range state.CgroupPaths {
+		if pod := filepath.Dir(path); strings.HasSuffix(pod, ".slice") && strings.Contains(filepath.Base(pod), "-pod") {
+			// It stays while another container of the pod is in it.
+			_ = syscall.Rmdir(pod)
+		}
+	}
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		os.Exit(exit.ExitCode())
+	}
+	return err
 }
 
 // rewrite changes the runtime specification in file as mode says.

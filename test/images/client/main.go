@@ -3,14 +3,14 @@
 // Command client is what runs in the suites' pods. What it prints is JSON and
 // holds nothing that could be used: no secret, no token.
 //
-//	client hold              wait for a signal
-//	client fetch             credentials by the default chain of aws-sdk-go-v2
-//	client get [FILE|-]      one request with the token of the pod, of FILE, or
+//	client hold                wait for a signal
+//	client fetch               credentials by the default chain of aws-sdk-go-v2
+//	client get [FILE|-]        one request with the token of the pod, of FILE, or
 //	                           of standard input; not retried
-//	client must              the same with the pod's token: exits with 1 unless
+//	client must                the same with the pod's token: exits with 1 unless
 //	                           the first answer is credentials
-//	client connection        keep one connection; a request for each line "get"
-//	client ask INTERVAL FILE a request every so often, each on a new connection,
+//	client connection          keep one connection; a request for each line "get"
+//	client ask INTERVAL FILE   a request every so often, each on a new connection,
 //	                           its outcome a line in FILE
 //
 // fetch exits with 1 if it got no credentials, get if it got no response.
