@@ -152,3 +152,22 @@ func TestLogLevels(t *testing.T) {
 		}
 	}
 }
+
+// BenchmarkObserveHit is what the agent's bookkeeping adds to an answer from the
+// cache.
+func BenchmarkObserveHit(b *testing.B) {
+	for _, a := range hitAudits {
+		b.Run("audit "+a.name, func(b *testing.B) {
+			var log *audit.Log
+			if a.on {
+				log, _ = auditTo(b, a.sample)
+			}
+			o := newObserver(newMetrics("v", "enforce"), slog.New(slog.DiscardHandler), nil, log)
+			r := served("a", true)
+			b.ReportAllocs()
+			for b.Loop() {
+				o.Observe(r)
+			}
+		})
+	}
+}
