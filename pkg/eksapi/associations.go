@@ -263,6 +263,7 @@ func (c *call) delete() (any, error) {
 	}
 	c.record.association(a)
 	c.record.State, c.record.Previous = nil, state(a)
+	c.settle(a.Revision)
 	return full(a), nil
 }
 

@@ -119,7 +119,7 @@ func TestParseRefuses(t *testing.T) {
 		"node with permissions":   {usersYAML + "    permissions: [{actions: ['*'], clusters: ['*'], namespaces: ['*']}]\n", "line 26"},
 		"node without a cluster":  {swap("cluster: prod, name: node-7", "name: node-7"), "line 26"},
 		"number as a name":        {swap("clusters: [prod]", "clusters: {a: b}"), "line 20"},
-		"secret as a key":         {swap("[{accessKeyId: LKIAWEB, secretAccessKey: the-secret-of-the-web-team}]", "[the-secret-of-the-web-team]"), "line 18"},
+		"secret as a key":         {swap("[{accessKeyId: LKIAWEB, secretAccessKey: the-secret-of-the-web-team}]", "[the-secret-of-the-web-team]"), "line 17"},
 		"secret as an alias":      {swap("secretAccessKey: the-secret-of-the-web-team", "secretAccessKey: *the-secret-of-the-web-team"), "a value"},
 		"too large":               {"# " + strings.Repeat("x", permission.MaxFile), "larger"},
 	} {
