@@ -116,11 +116,11 @@ const users = `users:
   keys: [{accessKeyId: TEAM, secretAccessKey: secret-of-TEAM-000000}]
   permissions:
   - {actions: ["eks:Create*"], clusters: [prod], namespaces: ["*"], passRoles: ["*"], conditions: {StringEquals: {"aws:RequestTag/team": team}}}
-  - {actions: ["eks:Describe*", "eks:Update*", "eks:Delete*", "eks:*Tag*"], clusters: [prod], namespaces: ["*"], passRoles: ["*"], conditions: {StringEquals: {"aws:ResourceTag/team": team}}}
+  - {actions: ["eks:Describe*", "eks:Update*", "eks:Delete*", "eks:*Tag*", "eks:Untag*"], clusters: [prod], namespaces: ["*"], passRoles: ["*"], conditions: {StringEquals: {"aws:ResourceTag/team": team}}}
 - name: tagger
   keys: [{accessKeyId: TAGGER, secretAccessKey: secret-of-TAGGER-000000}]
   permissions:
-  - {actions: ["eks:*Tag*"], clusters: [prod], namespaces: ["*"]}
+  - {actions: ["eks:*Tag*", "eks:Untag*"], clusters: [prod], namespaces: ["*"]}
   - {actions: ["eks:Delete*"], clusters: [prod], namespaces: ["*"], conditions: {StringLike: {"aws:ResourceTag/owner": "tag*"}}}
 - name: nobody
   keys: [{accessKeyId: NOBODY, secretAccessKey: secret-of-NOBODY-000000}]
