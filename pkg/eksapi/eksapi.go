@@ -229,6 +229,11 @@ func (c *call) serve() (answer any, err error) {
 // authenticate finds out who calls.
 func (c *call) authenticate() error {
 	result, err := c.verifier.Verify(c.r, c.body, c.route.op.service)
+	var refused *sigv4.Error
+	if err != nil && !errors.As(err, &refused) {
+		// Not the request's fault: the keys could not be looked up.
+		return &fault{status: http.StatusServiceUnavailable, code: unavailable, message: "The access key cannot be checked now, try again.", cause: err}
+	}
 	if err != nil {
 		return err
 	}

@@ -430,3 +430,10 @@ func (w *world) unchanged(f func()) {
 		w.t.Errorf("something changed:\n%s\nto\n%s", before, after)
 	}
 }
+
+// brokenKeys is a source of keys that is away.
+type brokenKeys struct{}
+
+func (brokenKeys) Lookup(context.Context, string, string) (sigv4.Key, error) {
+	return sigv4.Key{}, errors.New("the store of keys is away, with a secret in it")
+}
