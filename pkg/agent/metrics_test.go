@@ -165,3 +165,51 @@ func TestMetricsAreNamedWell(t *testing.T) {
 		}
 	}
 }
+
+// The values of labels that people look up are all in the document.
+func TestLabelValuesAreDocumented(t *testing.T) {
+	doc, err := os.ReadFile(filepath.Join("..", "..", "docs", "metrics.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		heading string
+		least   int
+		sources []string
+		value   *regexp.Regexp
+	}{
+		{"## Reasons", 30, []string{"../evidence/reason.go", "../credserver/record.go"}, regexp.MustCompile(`Reason\w* +(?:evidence\.)?Reason = "([a-z_]+)"`)},
+		{"## Events of the kernel's programs", 9, []string{"../attribution/attribution.go"}, regexp.MustCompile(`EVENT_\w+: +\{Name: "([a-z_]+)"\}`)},
+	} {
+		_, section, ok := strings.Cut(string(doc), c.heading+"\n")
+		if !ok {
+			t.Errorf("docs/metrics.md has no section %q", c.heading)
+			continue
+		}
+		section, _, _ = strings.Cut(section, "\n## ")
+		documented := map[string]bool{}
+		for line := range strings.Lines(section) {
+			if cells := strings.Split(line, "|"); len(cells) > 3 {
+				for _, name := range strings.Split(cells[1], ",") {
+					documented[strings.TrimSpace(name)] = true
+				}
+			}
+		}
+		found := 0
+		for _, file := range c.sources {
+			source, err := os.ReadFile(filepath.FromSlash(file))
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, m := range c.value.FindAllStringSubmatch(string(source), -1) {
+				found++
+				if !documented[m[1]] {
+					t.Errorf("%s: %s is not in docs/metrics.md, %q", file, m[1], c.heading)
+				}
+			}
+		}
+		if found < c.least {
+			t.Errorf("%q: only %d values found in the code: this test does not see them any more", c.heading, found)
+		}
+	}
+}
