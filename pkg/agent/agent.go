@@ -76,15 +76,17 @@ func Run(ctx context.Context, cfg Config) error {
 	// one keeps everything.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopGrace)
 	defer cancel()
+	levels := newLogLevels(cfg.Logger.Handler(), cfg.LogLevel)
+	log := levels.logger(LogAgent)
 	removed, err := Cleanup(ctx, CleanupConfig{
 		PinPath: cfg.PinPath, StateDir: cfg.StateDir, AdminSocket: cfg.AdminSocket,
-		LinkLocal: linklocal.Config{Logger: cfg.Logger},
+		LinkLocal: linklocal.Config{Logger: levels.logger(LogLinkLocal)},
 	})
-	cfg.Logger.Info("removed what this agent had put on the node", "removed", removed)
 	if errors.Is(err, ErrAnotherAgent) {
-		cfg.Logger.Info("another agent has taken over: its addresses and pins stay", "cause", err.Error())
+		log.Info("another agent has taken over: its addresses and pins stay", "cause", err.Error())
 		return nil
 	}
+	log.Info("removed what this agent had put on the node", "removed", removed)
 	if err != nil {
 		return fmt.Errorf("clean up at the end: %w", err)
 	}

@@ -202,7 +202,7 @@ func auditRecord(r *credserver.Record) audit.Record {
 	}
 	return audit.Record{
 		Time: r.Start, Latency: r.Latency, Status: r.Status, Reason: r.Reason,
-		Shadow: r.Verdict.Report && r.Status == 200, Hit: r.Hit,
+		Shadow: r.Status == 200 && r.Reason != evidence.ReasonServed, Hit: r.Hit,
 		Attestation: r.Attestation, Token: *t, Role: r.Role, Association: r.Association,
 		Peer: r.Peer, Told: r.Told, Err: r.Err,
 	}

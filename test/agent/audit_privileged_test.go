@@ -9,10 +9,12 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/latchkey-dev/latchkey/test/rig"
 	"github.com/latchkey-dev/latchkey/test/standin/eksauth"
@@ -135,6 +137,54 @@ func TestPrivilegedAudit(t *testing.T) {
 		if bytes.Contains(raw, []byte(s)) {
 			t.Errorf("the audit shows %.12s…", s)
 		}
+	}
+}
+
+// On standard output, among the log, and to a datagram socket; without hits if
+// they are not asked for.
+func TestPrivilegedAuditTargets(t *testing.T) {
+	w := newWorld(t, rig.Config{})
+	p := w.newPod(t, testnode.PodConfig{})
+	c := newClient(t, p.Place())
+	askTwice := func() {
+		t.Helper()
+		wantCredentials(t, c.ask(rig.Host4, p.Token), p)
+		wantCredentials(t, c.ask(rig.Host4, p.Token), p)
+	}
+
+	a := w.start(t, "--audit", "stdout", "--audit-sample-hits", "0")
+	askTwice()
+	w.stop(t)
+	if n := strings.Count(a.Log(), `"type":"audit"`); n != 1 || strings.Count(a.Log(), `"cache":"miss"`) != 1 {
+		t.Errorf("%d lines of audit, want the one that was no hit:\n%s", n, a.Log())
+	}
+
+	path := filepath.Join(t.TempDir(), "collector.sock")
+	receiver, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
+	must(t, err)
+	defer receiver.Close()
+	w.start(t, "--audit", "unixgram:"+path)
+	askTwice()
+	buf := make([]byte, 64<<10)
+	seen := map[string]int{} // in either order
+	for range 2 {
+		must(t, receiver.SetReadDeadline(time.Now().Add(patience)))
+		n, err := receiver.Read(buf)
+		must(t, err)
+		var l auditLine
+		if err := json.Unmarshal(buf[:n], &l); err != nil || l.Pod.UID != string(p.UID) {
+			t.Errorf("%v: %s", err, buf[:n])
+		}
+		seen[l.Cache]++
+	}
+	if seen["miss"] != 1 || seen["hit"] != 1 {
+		t.Errorf("%v, want a miss and a hit", seen)
+	}
+	w.stop(t)
+
+	stdout, stderr, code := runProgram(t, w.Node.AgentPlace(), append([]string{agentProgram}, w.Args("--audit", "file:audit.log")...)...)
+	if code != 2 || !strings.Contains(stdout+stderr, "absolute path") {
+		t.Errorf("a relative path: exit status %d: %s", code, stdout+stderr)
 	}
 }
 
