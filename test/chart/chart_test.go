@@ -487,7 +487,7 @@ func TestValuesThatAreRefused(t *testing.T) {
 		"server.metrics.serviceMonitor.scrape=true":    "additional properties 'scrape' not allowed",
 		"agent.volumes=x":                              "at '/agent/volumes'",
 		"updateStrategy.rollingUpdate.partition=1":     "additional properties 'partition' not allowed",
-		"server.persistence.accessModes={}": "at '/server/persistence/accessModes",
+		"server.persistence.accessModes={}":            "at '/server/persistence/accessModes",
 		"agent.tokenKeys.issuer=kubernetes.svc":        "at '/agent/tokenKeys/issuer'",
 		"agent.cleanupOnExit=yes":                      "at '/agent/cleanupOnExit': got string, want boolean",
 		"server.priorityClassName=null,agent.port=0":   "at '/agent/port'",
