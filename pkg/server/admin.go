@@ -252,7 +252,7 @@ func (a *admin) serveSnapshot(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	w.Header().Set(trailerDone, strconv.FormatInt(n, 10))
-	a.control.note(who(r.Context()), "snapshot.save", "", "", nil, map[string]int64{"bytes": n}, nil)
+	a.control.note(who(r.Context()), "SaveSnapshot", "", "", nil, map[string]int64{"bytes": n}, nil)
 }
 
 const trailerDone = "X-Latchkey-Bytes"

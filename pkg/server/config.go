@@ -11,6 +11,8 @@ import (
 	"path/filepath"
 	"strings"
 	"time"
+
+	"github.com/latchkey-dev/latchkey/pkg/eksapi"
 )
 
 // Defaults.
@@ -34,11 +36,11 @@ const (
 const (
 	// NodeBindingRequire refuses a pod's token unless the caller has proved to be
 	// the token's node.
-	NodeBindingRequire = "require"
+	NodeBindingRequire = string(eksapi.BindRequire)
 	// NodeBindingPrefer refuses it if the caller has proved to be another one.
-	NodeBindingPrefer = "prefer"
+	NodeBindingPrefer = string(eksapi.BindPrefer)
 	// NodeBindingOff does not compare.
-	NodeBindingOff = "off"
+	NodeBindingOff = string(eksapi.BindOff)
 )
 
 // AuditDefault as Config.AuditLog means audit.jsonl in the state directory.

@@ -12,6 +12,7 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/latchkey-dev/latchkey/pkg/association"
+	"github.com/latchkey-dev/latchkey/pkg/eksapi"
 )
 
 // store is what the control needs of association.Store.
@@ -39,39 +40,31 @@ type control struct {
 }
 
 // changeRecord is the audit record of a change made over the admin socket or by
-// the configuration file. pkg/eksapi's records of its callers' changes have the
-// same members.
+// the configuration file. Its members are those of eksapi.Record, which is that
+// of a change made by a client.
 type changeRecord struct {
-	Time    time.Time `json:"time"`
-	Event   string    `json:"event"`
-	Who     string    `json:"who"`
-	Action  string    `json:"action"`
-	Cluster string    `json:"cluster,omitempty"`
-	// Resource is an association's ID or ARN.
-	Resource string `json:"resource,omitempty"`
-	Before   any    `json:"before,omitempty"`
-	After    any    `json:"after,omitempty"`
-	Outcome  string `json:"outcome"`
-	Error    string `json:"error,omitempty"`
+	Time          time.Time `json:"time"`
+	Type          string    `json:"type"`
+	Operation     string    `json:"operation"`
+	Outcome       string    `json:"outcome"`
+	Error         string    `json:"error,omitempty"`
+	Caller        string    `json:"caller"`
+	Cluster       string    `json:"cluster,omitempty"`
+	AssociationID string    `json:"association_id,omitempty"`
+	// State is what the change led to, Previous what it found.
+	State    any `json:"state,omitempty"`
+	Previous any `json:"previous,omitempty"`
 }
 
-// Values of changeRecord.Event and Outcome.
-const (
-	eventChange    = "change"
-	outcomeDone    = "done"
-	outcomeRefused = "refused"
-	outcomeFailed  = "failed"
-)
-
-func (c *control) note(who, action, cluster, resource string, before, after any, err error) {
+func (c *control) note(who, operation, cluster, id string, before, after any, err error) {
 	r := changeRecord{
-		Time: c.now().UTC(), Event: eventChange, Who: who, Action: action,
-		Cluster: cluster, Resource: resource, Before: before, After: after, Outcome: outcomeDone,
+		Time: c.now().UTC(), Type: eksapi.TypeChange, Operation: operation, Outcome: eksapi.OutcomeDone, Caller: who,
+		Cluster: cluster, AssociationID: id, Previous: before, State: after,
 	}
 	if err != nil {
-		r.Outcome, r.Error, r.After = outcomeRefused, err.Error(), nil
+		r.Outcome, r.Error, r.State = eksapi.OutcomeRefused, err.Error(), nil
 		if errors.Is(err, association.ErrUnavailable) || errors.Is(err, association.ErrInternal) {
-			r.Outcome = outcomeFailed
+			r.Outcome = eksapi.OutcomeFailed
 		}
 	}
 	c.changed(r)
@@ -101,7 +94,7 @@ func (c *control) putCluster(ctx context.Context, who string, spec ClusterSpec, 
 	}
 	done, err := c.store.PutCluster(ctx, wished)
 	after := summaryOf(done)
-	c.note(who, "cluster.put", wished.Name, "", before, after, err)
+	c.note(who, "PutCluster", wished.Name, "", before, after, err)
 	if err != nil {
 		return ClusterSpec{}, err
 	}
@@ -148,7 +141,7 @@ func (c *control) deleteCluster(ctx context.Context, who, name string, force boo
 		return err
 	}
 	err = c.store.DeleteCluster(ctx, name, force)
-	c.note(who, "cluster.delete", name, "", summaryOf(old), nil, err)
+	c.note(who, "DeleteCluster", name, "", summaryOf(old), nil, err)
 	return err
 }
 
@@ -210,7 +203,7 @@ func (c *control) create(ctx context.Context, who string, s AssociationSpec) (as
 	if err == nil {
 		after = associationSpecOf(a)
 	}
-	c.note(who, "association.create", s.Cluster, a.ID, nil, after, err)
+	c.note(who, "CreatePodIdentityAssociation", s.Cluster, a.ID, nil, after, err)
 	return a, err
 }
 
@@ -236,7 +229,7 @@ func (c *control) update(ctx context.Context, who string, is association.Associa
 		if err == nil {
 			after = associationSpecOf(a)
 		}
-		c.note(who, "association.update", is.Cluster, is.ID, before, after, err)
+		c.note(who, "UpdatePodIdentityAssociation", is.Cluster, is.ID, before, after, err)
 	}()
 	if u.RoleARN != nil || u.TargetRoleARN != nil || u.Policy != nil || u.DisableSessionTags != nil {
 		a, err = c.store.Update(ctx, association.UpdateInput{
@@ -267,7 +260,7 @@ func (c *control) update(ctx context.Context, who string, is association.Associa
 
 func (c *control) remove(ctx context.Context, who string, is association.Association) (association.Association, error) {
 	a, err := c.store.Delete(ctx, association.DeleteInput{Cluster: is.Cluster, ID: is.ID})
-	c.note(who, "association.delete", is.Cluster, is.ID, associationSpecOf(is), nil, err)
+	c.note(who, "DeletePodIdentityAssociation", is.Cluster, is.ID, associationSpecOf(is), nil, err)
 	return a, err
 }
 

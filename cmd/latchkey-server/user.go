@@ -1,0 +1,197 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"sigs.k8s.io/yaml"
+
+	"github.com/latchkey-dev/latchkey/pkg/commandline"
+	"github.com/latchkey-dev/latchkey/pkg/permission"
+)
+
+// userView is a user without secrets.
+type userView struct {
+	Name        string                  `json:"name"`
+	Keys        []string                `json:"accessKeyIds"`
+	Node        *permission.Node        `json:"node,omitempty"`
+	Permissions []permission.Permission `json:"permissions,omitempty"`
+}
+
+func newUser(c *cli) *cobra.Command {
+	list := &cobra.Command{
+		Use: "list", Short: "List the users and their access key ids", Args: commandline.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			users, err := permission.List(c.usersFile())
+			if err != nil {
+				return err
+			}
+			views := make([]userView, 0, len(users))
+			for _, u := range users {
+				v := userView{Name: u.Name, Keys: []string{}, Node: u.Node, Permissions: u.Permissions}
+				for _, k := range u.Keys {
+					v.Keys = append(v.Keys, k.ID)
+				}
+				views = append(views, v)
+			}
+			return c.print(struct {
+				Users []userView `json:"users"`
+			}{views}, func(w io.Writer) {
+				if len(views) == 0 {
+					fmt.Fprintln(w, "No users. Add one with `latchkey-server user add`.")
+					return
+				}
+				fmt.Fprintln(w, "NAME\tACCESS KEYS\tMAY")
+				for _, v := range views {
+					fmt.Fprintf(w, "%s\t%s\t%s\n", v.Name, strings.Join(v.Keys, " "), may(v))
+				}
+			})
+		},
+	}
+	c.outputFlag(list)
+	remove := &cobra.Command{
+		Use: "remove NAME", Short: "Remove a user; its keys end at once", Args: args("NAME"),
+		RunE: func(_ *cobra.Command, given []string) error {
+			if err := permission.Remove(c.usersFile(), given[0]); err != nil {
+				return err
+			}
+			fmt.Fprintf(c.out, "removed %s\n", given[0])
+			return nil
+		},
+	}
+	return group("user", "Who may call the APIs, in the users file", newUserAdd(c), newUserRotate(c), remove, list)
+}
+
+// may says in few words what a user may do.
+func may(v userView) string {
+	if v.Node != nil {
+		return "node " + v.Node.Name + " of " + v.Node.Cluster
+	}
+	if len(v.Permissions) == 0 {
+		return "nothing"
+	}
+	p := v.Permissions[0]
+	text := strings.Join(p.Actions, ",") + " in " + strings.Join(p.Clusters, ",") + "/" + strings.Join(p.Namespaces, ",")
+	if n := len(v.Permissions); n > 1 {
+		text += fmt.Sprintf(" and %d more", n-1)
+	}
+	return text
+}
+
+func newUserAdd(c *cli) *cobra.Command {
+	var (
+		p    permission.Permission
+		file string
+		node string
+	)
+	cmd := &cobra.Command{
+		Use:   "add NAME",
+		Short: "Add a user and print its secret key, once",
+		Long: "add gives a user one permission, made of the flags, or those of a file (--permissions). Without any\n" +
+			"flag it may do everything in every cluster. --node makes the keys those of one node's agent.\n" +
+			"A running server reads the file within seconds.",
+		Example: "  latchkey-server user add admin\n" +
+			"  latchkey-server user add web-team --cluster prod --namespace web --pass-role 'arn:aws:iam::111122223333:role/web/*'\n" +
+			"  latchkey-server user add node-7 --node prod/node-7",
+		Args: args("NAME"),
+		RunE: func(cmd *cobra.Command, given []string) error {
+			u := permission.User{Name: given[0], Keys: []permission.AccessKey{permission.NewAccessKey()}}
+			fl := cmd.Flags()
+			single := fl.Changed("action") || fl.Changed("cluster") || fl.Changed("namespace") || fl.Changed("pass-role")
+			switch {
+			case node != "" && (single || file != ""), file != "" && single:
+				return usage("give --node, or --permissions, or the flags of one permission")
+			case node != "":
+				cluster, name, ok := strings.Cut(node, "/")
+				if !ok || cluster == "" || name == "" {
+					return usage("--node %q: write CLUSTER/NODE", node)
+				}
+				u.Node = &permission.Node{Cluster: cluster, Name: name}
+			case file != "":
+				b, err := c.readInput(file)
+				if err != nil {
+					return fmt.Errorf("read the permissions: %w", err)
+				}
+				if err := yaml.UnmarshalStrict(b, &u.Permissions); err != nil {
+					return fmt.Errorf("%w: %s: %w", permission.ErrPermission, file, err)
+				}
+				if len(u.Permissions) == 0 {
+					return usage("--permissions %s: a list of permissions, as in the users file", file)
+				}
+			default:
+				u.Permissions = []permission.Permission{p}
+			}
+			if err := permission.Add(c.usersFile(), u); err != nil {
+				return err
+			}
+			c.printKey(u.Name, u.Keys[0])
+			return nil
+		},
+	}
+	f := cmd.Flags()
+	f.StringArrayVar(&p.Actions, "action", []string{"*"}, "action `name` or pattern, such as eks:*; may be repeated")
+	f.StringArrayVar(&p.Clusters, "cluster", []string{"*"}, "cluster `name` or pattern; may be repeated")
+	f.StringArrayVar(&p.Namespaces, "namespace", []string{"*"}, "`namespace` or pattern; may be repeated")
+	f.StringArrayVar(&p.PassRoles, "pass-role", []string{"*"}, "`ARN` or pattern of roles that associations may be given; may be repeated")
+	f.StringVar(&file, "permissions", "", "YAML `file` with a list of permissions; - for standard input")
+	f.StringVar(&node, "node", "", "`CLUSTER/NODE` whose agent gets these keys: they redeem tokens of pods there and nothing else")
+	return cmd
+}
+
+func newUserRotate(c *cli) *cobra.Command {
+	var finish bool
+	cmd := &cobra.Command{
+		Use:   "rotate-key NAME",
+		Short: "Give a user a new key; with --finish, take the older ones away",
+		Long: "rotate-key adds a key and prints its secret, once; the old one stays good until every client has the\n" +
+			"new one and rotate-key --finish takes all but the newest away.",
+		Args: args("NAME"),
+		RunE: func(_ *cobra.Command, given []string) error {
+			file := c.usersFile()
+			if !finish {
+				key := permission.NewAccessKey()
+				if err := permission.AddKey(file, given[0], key); err != nil {
+					return err
+				}
+				c.printKey(given[0], key)
+				return nil
+			}
+			users, err := permission.List(file)
+			if err != nil {
+				return err
+			}
+			i := slices.IndexFunc(users, func(u permission.User) bool { return u.Name == given[0] })
+			if i < 0 {
+				return fmt.Errorf("%w: %s", permission.ErrNoUser, given[0])
+			}
+			keys := users[i].Keys
+			if len(keys) < 2 {
+				return errors.New("there is one key only: rotate-key without --finish adds another")
+			}
+			// The newest is the last one in the file.
+			for _, k := range keys[:len(keys)-1] {
+				if err := permission.RemoveKey(file, k.ID); err != nil {
+					return err
+				}
+				fmt.Fprintf(c.out, "removed %s of %s\n", k.ID, given[0])
+			}
+			return nil
+		},
+	}
+	cmd.Flags().BoolVar(&finish, "finish", false, "remove all keys but the newest")
+	return cmd
+}
+
+// printKey writes a key as people put it into an environment or a credentials
+// file. It is the only place that prints a secret, and it is printed once: the
+// users file has it, and nobody shows that.
+func (c *cli) printKey(name string, k permission.AccessKey) {
+	fmt.Fprintf(c.errOut, "Key of %s; the secret is not shown again:\n", name)
+	fmt.Fprintf(c.out, "AWS_ACCESS_KEY_ID=%s\nAWS_SECRET_ACCESS_KEY=%s\n", k.ID, k.Secret)
+}
