@@ -35,7 +35,7 @@ type Config struct {
 	// always recorded.
 	SampleHits int
 	// Queues is how many queues there are, rounded up to a power of two; 0
-	// means one per processor. Capacity is how many records each holds; 0 means
+	// means one per processor, but 8 at most. Capacity is how many records each holds; 0 means
 	// DefaultCapacity.
 	Queues, Capacity int
 	// Linger is how long the writer collects before it writes, unless a queue is
@@ -105,7 +105,8 @@ func New(cfg Config) (*Log, error) {
 		return nil, fmt.Errorf("%w: sizes, counts and durations are not negative", ErrConfig)
 	}
 	if cfg.Queues == 0 {
-		cfg.Queues = min(runtime.GOMAXPROCS(0), 64)
+		// More would only be memory: a queue is locked for a copy.
+		cfg.Queues = min(runtime.GOMAXPROCS(0), 8)
 	}
 	if cfg.Capacity == 0 {
 		cfg.Capacity = DefaultCapacity
