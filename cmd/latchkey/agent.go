@@ -294,9 +294,6 @@ func (c *cli) tokenVerb() *cobra.Command {
 			if len(args) != 1 || args[0] == "" {
 				return usage(cmd, "takes one FILE that holds a token, or - for standard input")
 			}
-			if strings.Count(args[0], ".") == 2 && strings.HasPrefix(args[0], "ey") {
-				return usage(cmd, "takes a FILE, and not the token itself, which others would see among the processes")
-			}
 			return nil
 		},
 		RunE: c.token,

@@ -43,11 +43,25 @@ var errBroken = errors.New("something is wrong")
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	err := newRoot(os.Stdout, time.Now).ExecuteContext(ctx)
+	err := noToken(os.Args[1:])
+	if err == nil {
+		err = newRoot(os.Stdout, time.Now).ExecuteContext(ctx)
+	}
 	if err != nil && !errors.Is(err, errBroken) {
 		fmt.Fprintln(os.Stderr, "latchkey:", err)
 	}
 	os.Exit(exitCode(err))
+}
+
+// noToken refuses a command line that holds a token, before any message can
+// quote it.
+func noToken(args []string) error {
+	for _, a := range args {
+		if strings.Contains(a, "eyJ") && strings.Count(a, ".") >= 2 {
+			return commandline.UsageError{Err: errors.New("an argument is a token, which others can read in the list of processes: put it in a file, and use latchkey token FILE")}
+		}
+	}
+	return nil
 }
 
 func exitCode(err error) int {
