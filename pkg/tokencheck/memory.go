@@ -77,14 +77,3 @@ func (s *shard) put(k memoryKey, e *memorized) {
 	}
 	s.now[k] = e
 }
-
-// len counts the tokens remembered, some twice.
-func (m *memory) len() (n int) {
-	for i := range m.shards {
-		s := &m.shards[i]
-		s.mu.Lock()
-		n += len(s.now) + len(s.old)
-		s.mu.Unlock()
-	}
-	return n
-}

@@ -5,6 +5,7 @@ package tokencheck
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -147,10 +148,16 @@ func (r *reviewer) ask(ctx context.Context, token, audience string) (*authv1.Tok
 		return nil, err
 	}
 	in := &authv1.TokenReview{Spec: authv1.TokenReviewSpec{Token: token, Audiences: []string{audience}}}
-	out := &authv1.TokenReview{}
 	// No retries here: they sleep as long as a server asks them to.
-	if err := client.Post().Resource("tokenreviews").MaxRetries(0).Body(in).Do(ctx).Into(out); err != nil {
+	body, err := client.Post().Resource("tokenreviews").MaxRetries(0).Body(in).Do(ctx).Raw()
+	if err != nil {
 		return nil, fmt.Errorf("token review: %w", withoutToken(err, token))
+	}
+	// Decoded here, because the client takes any object for the one asked for, and
+	// one without a status would be a no.
+	var out authv1.TokenReview
+	if err := json.Unmarshal(body, &out); err != nil || out.Kind != "TokenReview" || out.APIVersion != authv1.SchemeGroupVersion.String() {
+		return nil, errors.New("token review: the answer is none")
 	}
 	return &out.Status, nil
 }
