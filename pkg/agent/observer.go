@@ -143,7 +143,9 @@ func (o *observer) run(ctx context.Context) {
 }
 
 func (o *observer) handle(r credserver.Record) {
-	if r.Attestation.Finding == evidence.FindingPod {
+	// Whoever asks for another path, as the CLI's own connections do, has not
+	// asked for credentials.
+	if r.Attestation.Finding == evidence.FindingPod && r.Reason != credserver.ReasonNotFound {
 		o.mu.Lock()
 		last := o.pods[r.Attestation.Pod]
 		last.Reason, last.Status, last.Shadow, last.At = r.Reason, r.Status, r.Verdict.Report, r.Start

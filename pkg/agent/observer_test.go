@@ -105,8 +105,9 @@ func TestDenialsAndLastVerdict(t *testing.T) {
 	if d := got[2]; d.Attestation.Pod != "a" || d.Claimed.Subject.PodUID != "b" || !d.Claimed.Verified || d.Told != "Access Denied." || d.Task.Container != "app" {
 		t.Errorf("the stolen token: %+v", d)
 	}
-	if last, ok := o.last("a"); !ok || last.Token.Subject.Namespace != "shop" {
-		t.Errorf("pod a is called %+v, %v", last.Token, ok)
+	// The probe of another path was no request for credentials.
+	if last, ok := o.last("a"); !ok || last.Token.Subject.Namespace != "shop" || last.Reason != evidence.ReasonPodMismatch {
+		t.Errorf("pod a is %+v, %v", last, ok)
 	}
 	if last, ok := o.last("c"); !ok || last.Token.PodName != "" || last.Status != 400 {
 		t.Errorf("pod c took a name from a forged token: %+v, %v", last, ok)
