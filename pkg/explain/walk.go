@@ -150,6 +150,9 @@ func (w *walk) behind(name string) bool {
 // withoutAgent looks for what keeps the agent itself from running.
 func (w *walk) withoutAgent() {
 	n := w.in.Node
+	if w.in.AgentError == "" {
+		w.in.AgentError = adminapi.ErrNoAgent.Error()
+	}
 	switch {
 	case strings.Contains(w.in.AgentError, adminapi.ErrNotPermitted.Error()):
 		w.fail("agent", w.in.AgentError, "admin socket", time.Time{}, Cause{NotPermitted, "only root may ask the agent", []string{"run latchkey with sudo"}})
