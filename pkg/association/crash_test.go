@@ -171,7 +171,7 @@ func crashRun(t *testing.T, dir string, run int) map[string][]*crashOp {
 	// while it starts or before its first write. However slow the machine is, it
 	// dies in the end.
 	lines := rand.IntN(400)
-	if run%5 == 4 {
+	if run%5 == 0 {
 		lines = 0
 	}
 	ops := map[string][]*crashOp{}

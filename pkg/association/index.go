@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -42,8 +43,8 @@ const (
 	defaultStall    = 10 * time.Second
 	minRetry        = 50 * time.Millisecond
 	maxRetry        = 2 * time.Second
-	// listPage is how many records one read of the first list takes.
-	listPage = 10_000
+	// maxListers bounds how many clusters a list reads at once, and so its memory.
+	maxListers = 4
 )
 
 // Index holds every association and cluster in memory and follows the store.
@@ -270,63 +271,65 @@ func (x *Index) Run(ctx context.Context) error {
 	}
 }
 
-// list reads everything at one revision.
+// list reads everything at one revision, cluster by cluster: etcd counts what is
+// left of a range at each read, so that pages of one large range would take time
+// by the square of its size.
 func (x *Index) list(ctx context.Context) error {
 	began := x.cfg.Now()
-	next := &snapshot{clusters: map[string]*clusterIndex{}}
-	from, end := x.keys.watched()
+	r, err := x.cfg.Client.Get(ctx, x.keys.clusters(), clientv3.WithPrefix())
+	if err != nil {
+		return fmt.Errorf("list clusters: %w", err)
+	}
+	next := &snapshot{clusters: make(map[string]*clusterIndex, len(r.Kvs))}
+	names := make(chan string, len(r.Kvs))
+	for _, kv := range r.Kvs {
+		x.put(ctx, next, kv)
+		if name, _, ok := x.at(string(kv.Key)); ok {
+			names <- name
+		}
+	}
+	close(names)
 
-	// Reading is etcd's work and decoding ours: side by side, they take half the
-	// time.
-	type page struct {
-		kvs []*mvccpb.KeyValue
-		err error
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var wg sync.WaitGroup
+	for range min(runtime.GOMAXPROCS(0), maxListers) {
+		wg.Go(func() {
+			for name := range names {
+				if err := x.listOne(ctx, next, name, r.Header.Revision); err != nil {
+					cancel(err)
+					return
+				}
+			}
+		})
 	}
-	pages := make(chan page, 1)
-	lctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	var revision int64
-	go func() {
-		defer close(pages)
-		for {
-			opts := []clientv3.OpOption{clientv3.WithRange(end), clientv3.WithLimit(listPage)}
-			if revision != 0 {
-				opts = append(opts, clientv3.WithRev(revision))
-			}
-			r, err := x.cfg.Client.Get(lctx, from, opts...)
-			if err != nil {
-				pages <- page{err: err}
-				return
-			}
-			if revision == 0 {
-				revision = r.Header.Revision
-			}
-			select {
-			case pages <- page{kvs: r.Kvs}:
-			case <-lctx.Done():
-				return
-			}
-			if !r.More || len(r.Kvs) == 0 {
-				return
-			}
-			from = string(r.Kvs[len(r.Kvs)-1].Key) + "\x00"
-		}
-	}()
-	for p := range pages {
-		if p.err != nil {
-			return fmt.Errorf("list associations: %w", p.err)
-		}
-		for _, kv := range p.kvs {
-			x.put(ctx, next, kv)
-		}
-	}
-	if err := ctx.Err(); err != nil {
-		return err
+	wg.Wait()
+	if err := context.Cause(ctx); err != nil {
+		return fmt.Errorf("list associations: %w", err)
 	}
 	x.now.Store(next)
 	x.lists.Add(1)
-	x.restart(revision, began)
-	x.cfg.Log.InfoContext(ctx, "association index is filled", "associations", next.count, "clusters", len(next.clusters), "revision", revision, "seconds", x.cfg.Now().Sub(began).Seconds())
+	x.restart(r.Header.Revision, began)
+	x.cfg.Log.InfoContext(ctx, "association index is filled", "associations", next.count, "clusters", len(next.clusters),
+		"revision", r.Header.Revision, "seconds", x.cfg.Now().Sub(began).Seconds())
+	return nil
+}
+
+// listOne reads the associations of one cluster, beside others.
+func (x *Index) listOne(ctx context.Context, next *snapshot, name string, revision int64) error {
+	r, err := x.cfg.Client.Get(ctx, x.keys.associations(name), clientv3.WithPrefix(), clientv3.WithRev(revision))
+	if err != nil {
+		return err
+	}
+	own := &snapshot{clusters: map[string]*clusterIndex{name: {subjects: make(map[subject]*Association, len(r.Kvs))}}}
+	for _, kv := range r.Kvs {
+		x.put(ctx, own, kv)
+	}
+	next.mu.Lock()
+	defer next.mu.Unlock()
+	c := next.of(name)
+	c.subjects, c.slots = own.clusters[name].subjects, own.clusters[name].slots
+	next.count += own.count
 	return nil
 }
 

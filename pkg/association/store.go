@@ -51,8 +51,8 @@ const (
 	defaultMaxTxnOps = 128
 	// maxTxnBytes stays below etcd's default for a request, 1.5 MiB.
 	maxTxnBytes = 1 << 20
-	// scanPage is how many records a list reads at once.
-	scanPage = 500
+	// scanPage is how many records a filtered list reads at once.
+	scanPage = 1000
 )
 
 // Store is associations and clusters in etcd. It keeps nothing in memory that
@@ -593,10 +593,16 @@ func (s *Store) List(ctx context.Context, in ListInput) (ListOutput, error) {
 		from = s.keys.association(in.Cluster, slot)
 	}
 	end := clientv3.GetPrefixRangeEnd(s.keys.associations(in.Cluster))
+	// Unfiltered, a page needs one record more than it has, to know whether it is
+	// the last, and perhaps the one that the token names.
+	scan := int64(limit + 2)
+	if in.Namespace != "" || in.ServiceAccount != "" || in.Keep != nil {
+		scan = scanPage
+	}
 	out := ListOutput{Associations: []Association{}}
 	checked := false
 	for {
-		page := clientv3.OpGet(from, clientv3.WithRange(end), clientv3.WithLimit(scanPage))
+		page := clientv3.OpGet(from, clientv3.WithRange(end), clientv3.WithLimit(scan))
 		r, err := s.kv.Txn(ctx).Then(clientv3.OpGet(s.keys.cluster(in.Cluster), clientv3.WithKeysOnly()), page).Commit()
 		if err != nil {
 			return ListOutput{}, storeError(in.Cluster, err)

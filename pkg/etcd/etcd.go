@@ -50,8 +50,9 @@ const (
 	name    = "latchkey"
 	peerURL = "unix://latchkey"
 	token   = "latchkey"
-	// maxRequest leaves room for MaxTxnOps operations of an association each.
-	maxRequest = 16 << 20
+	// maxRequest leaves room for MaxTxnOps operations of an association each, and is
+	// the most that etcd recommends.
+	maxRequest = 10 << 20
 	// defragAtStart is the free space in MiB that is worth a defragmentation while
 	// nobody waits for answers.
 	defragAtStart = 256
@@ -79,6 +80,9 @@ type Config struct {
 	// Log receives the server's messages, most of them at level debug; nil: nothing
 	// does.
 	Log *slog.Logger
+
+	// slow is what takes so long that etcd warns of it; tests set it.
+	slow time.Duration
 }
 
 // Server is a running etcd.
@@ -112,6 +116,10 @@ func Start(ctx context.Context, cfg Config) (*Server, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
+	if cfg.slow == 0 {
+		// A machine with a slow disk is not news at every write.
+		cfg.slow = time.Second
+	}
 	lock, err := claim(cfg.Dir)
 	if err != nil {
 		return nil, err
@@ -121,6 +129,49 @@ func Start(ctx context.Context, cfg Config) (*Server, error) {
 		return nil, errors.Join(err, lock.Close())
 	}
 	return s, nil
+}
+
+// start makes the member if there is none, and starts it.
+func (s *Server) start(ctx context.Context) error {
+	dir := memberDir(s.cfg.Dir)
+	if _, err := os.Lstat(dir); errors.Is(err, os.ErrNotExist) {
+		if err := s.bootstrap(ctx, dir); err != nil {
+			return err
+		}
+	} else if err != nil {
+		return fmt.Errorf("etcd: data directory: %w", err)
+	}
+	e, err := s.run(ctx, dir)
+	if err != nil {
+		return err
+	}
+	s.etcd = e
+	s.client = v3client.New(e.Server)
+	s.client.Maintenance = maintenance{s.client.Maintenance, s}
+	s.watcher.Go(s.watch)
+	return nil
+}
+
+// bootstrap makes a new member elsewhere and puts it in its place when it is
+// whole. An etcd that is killed between making its log and writing its own
+// membership into it comes up without a member, and never serves.
+func (s *Server) bootstrap(ctx context.Context, dir string) error {
+	unfinished := dir + ".new"
+	if err := os.RemoveAll(unfinished); err != nil {
+		return fmt.Errorf("etcd: new data directory: %w", err)
+	}
+	e, err := s.run(ctx, unfinished)
+	if err != nil {
+		return err
+	}
+	e.Close()
+	if err := os.Rename(unfinished, dir); err != nil {
+		return fmt.Errorf("etcd: new data directory: %w", err)
+	}
+	if err := syncDir(s.cfg.Dir); err != nil {
+		return fmt.Errorf("etcd: new data directory: %w", err)
+	}
+	return nil
 }
 
 // claim makes the directory private and takes it for this process. etcd has
@@ -150,13 +201,14 @@ func claim(dir string) (*os.File, error) {
 // memberDir is etcd's own, beside the lock.
 func memberDir(dir string) string { return filepath.Join(dir, "etcd") }
 
-func (s *Server) start(ctx context.Context) error {
+// run starts a member in dir and waits until it serves.
+func (s *Server) run(ctx context.Context, dir string) (*embed.Etcd, error) {
 	peer, err := url.Parse(peerURL)
 	if err != nil {
-		return fmt.Errorf("etcd: peer URL: %w", err)
+		return nil, fmt.Errorf("etcd: peer URL: %w", err)
 	}
 	c := embed.NewConfig()
-	c.Name, c.Dir = name, memberDir(s.cfg.Dir)
+	c.Name, c.Dir = name, dir
 	c.ListenPeerUrls, c.ListenClientUrls, c.ListenClientHttpUrls, c.ListenMetricsUrls = nil, nil, nil, nil
 	c.AdvertisePeerUrls, c.AdvertiseClientUrls = []url.URL{*peer}, []url.URL{*peer}
 	c.InitialCluster = name + "=" + peerURL
@@ -167,27 +219,24 @@ func (s *Server) start(ctx context.Context) error {
 	c.AutoCompactionMode, c.AutoCompactionRetention = embed.CompactorModePeriodic, s.cfg.Retention.String()
 	c.BootstrapDefragThresholdMegabytes = defragAtStart
 	c.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zap.New(&core{log: s.cfg.Log}))
-	// A machine with a slow disk is not news at every write.
-	c.WarningApplyDuration, c.WarningUnaryRequestDuration = time.Second, 2*time.Second
+	c.WarningApplyDuration, c.WarningUnaryRequestDuration = s.cfg.slow, s.cfg.slow
+	// Nobody logs in.
+	c.AuthToken = ""
 
 	e, err := embed.StartEtcd(c)
 	if err != nil {
-		return fmt.Errorf("etcd: start: %w", err)
+		return nil, fmt.Errorf("etcd: start: %w", err)
 	}
 	select {
 	case <-e.Server.ReadyNotify():
+		return e, nil
 	case <-e.Server.StopNotify():
-		e.Close()
-		return fmt.Errorf("etcd: start: %w", ErrStopped)
+		err = ErrStopped
 	case <-ctx.Done():
-		e.Close()
-		return fmt.Errorf("etcd: start: %w", context.Cause(ctx))
+		err = context.Cause(ctx)
 	}
-	s.etcd = e
-	s.client = v3client.New(e.Server)
-	s.client.Maintenance = maintenance{s.client.Maintenance, s}
-	s.watcher.Go(s.watch)
-	return nil
+	e.Close()
+	return nil, fmt.Errorf("etcd: start: %w", err)
 }
 
 // watch notices an end that Close did not ask for.

@@ -11,14 +11,23 @@ import (
 )
 
 // core hands what etcd logs to slog. etcd's "info" tells of its own inner life,
-// which is this program's "debug".
+// which is this program's "debug". Its "debug" is not for anybody: it has whole
+// requests, with the values that are stored.
 type core struct {
 	log    *slog.Logger
 	fields []zapcore.Field
 }
 
-// beside is a warning about listeners, of a server that has none.
-const beside = "Running http and grpc server on single port. This is not recommended for production."
+// expected are warnings that a server without listeners, and one that has never
+// needed a raft snapshot, give at each start.
+func expected(message string) bool {
+	switch message {
+	case "Running http and grpc server on single port. This is not recommended for production.",
+		"Failed to detect storage schema version. Please wait till wal snapshot before upgrading cluster.":
+		return true
+	}
+	return false
+}
 
 func level(l zapcore.Level) slog.Level {
 	switch {
@@ -32,7 +41,7 @@ func level(l zapcore.Level) slog.Level {
 
 // Enabled is zapcore.Core's.
 func (c *core) Enabled(l zapcore.Level) bool {
-	return c.log.Enabled(context.Background(), level(l))
+	return l > zapcore.DebugLevel && c.log.Enabled(context.Background(), level(l))
 }
 
 // With is zapcore.Core's.
@@ -42,7 +51,7 @@ func (c *core) With(fields []zapcore.Field) zapcore.Core {
 
 // Check is zapcore.Core's.
 func (c *core) Check(e zapcore.Entry, ce *zapcore.CheckedEntry) *zapcore.CheckedEntry {
-	if c.Enabled(e.Level) && e.Message != beside {
+	if c.Enabled(e.Level) && !expected(e.Message) {
 		return ce.AddCore(e, c)
 	}
 	return ce
