@@ -57,7 +57,6 @@ func (l layout) association(cluster, slot string) string {
 	return l.prefix + "a/" + cluster + "/" + slot
 }
 func (l layout) associations(cluster string) string { return l.prefix + "a/" + cluster + "/" }
-func (l layout) allAssociations() string            { return l.prefix + "a/" }
 func (l layout) subject(cluster, ns, sa string) string {
 	return l.prefix + "s/" + cluster + "/" + ns + "/" + sa
 }
