@@ -117,13 +117,17 @@ func assign(m member, raw json.RawMessage) error {
 	}
 	switch into := m.into.(type) {
 	case *string:
-		if json.Unmarshal(raw, into) != nil {
+		text, err := toString(raw)
+		if err != nil {
 			return fmt.Errorf("member %s must be a string", m.name)
 		}
+		*into = text
 	case **string:
-		if json.Unmarshal(raw, into) != nil {
+		text, err := toString(raw)
+		if err != nil {
 			return fmt.Errorf("member %s must be a string", m.name)
 		}
+		*into = &text
 	case *bool:
 		if json.Unmarshal(raw, into) != nil {
 			return fmt.Errorf("member %s must be a boolean", m.name)
@@ -156,6 +160,17 @@ func assign(m member, raw json.RawMessage) error {
 		return fmt.Errorf("member %s cannot be read", m.name)
 	}
 	return nil
+}
+
+// toString reads a JSON string. Most have no escapes: what is between the
+// quotes is the text, as the syntax and the encoding have been checked.
+func toString(raw json.RawMessage) (string, error) {
+	if len(raw) >= 2 && raw[0] == '"' && bytes.IndexByte(raw, '\\') < 0 {
+		return string(raw[1 : len(raw)-1]), nil
+	}
+	var text string
+	err := json.Unmarshal(raw, &text)
+	return text, err
 }
 
 // deep tells whether brackets nest deeper than maxDepth, without recursion.

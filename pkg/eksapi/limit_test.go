@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package eksapi
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"testing"
+	"time"
+
+	"github.com/latchkey-dev/latchkey/pkg/sigv4"
+)
+
+// What nothing is asked of.
+type (
+	noStore  struct{ Associations }
+	noIndex  struct{ Index }
+	noTokens struct{ Tokens }
+	noIssuer struct{ Issuer }
+	noKeys   struct{}
+)
+
+func (noKeys) Lookup(context.Context, string, string) (sigv4.Key, error) {
+	return sigv4.Key{}, sigv4.ErrUnknownKey
+}
+
+// However many callers there are, memory is bounded, and one who goes on asking
+// is not forgotten by it.
+func TestLimitersAreBounded(t *testing.T) {
+	now := time.Date(2026, 11, 21, 12, 0, 0, 0, time.UTC)
+	l := newLimiters(Limits{Reads: Rate{PerSecond: 0.001, Burst: 5}}, func() time.Time { return now })
+	l.most = 100
+	busy := callerClass{"user", "busy", rateRead}
+	allowed := 0
+	for i := range 1000 {
+		if i%10 == 0 && l.allow(busy) {
+			allowed++
+		}
+		l.allow(callerClass{"user", fmt.Sprint(i), rateRead})
+		if n := len(l.young) + len(l.old); n > l.most {
+			t.Fatalf("%d limiters", n)
+		}
+	}
+	if allowed != 5 {
+		t.Errorf("allowed %d times", allowed)
+	}
+}
+
+func TestDefaultLimits(t *testing.T) {
+	now := time.Date(2026, 11, 21, 12, 0, 0, 0, time.UTC)
+	l := newLimiters(Limits{}, func() time.Time { return now })
+	for class, want := range map[rateClass]int{rateRead: 200, rateWrite: 100, rateExchange: 1000} {
+		n := 0
+		for l.allow(callerClass{"user", "u", class}) {
+			n++
+		}
+		if n != want {
+			t.Errorf("class %d: %d at once", class, n)
+		}
+	}
+}
+
+func TestSeconds(t *testing.T) {
+	for ms, want := range map[int64]string{
+		1700862734922: "1700862734.922", 1700862734920: "1700862734.92", 1700862734900: "1700862734.9", 1700862734000: "1700862734", 1700862734007: "1700862734.007", 0: "0",
+	} {
+		b, err := json.Marshal(seconds(time.UnixMilli(ms)))
+		if err != nil || string(b) != want {
+			t.Errorf("%d: %s, %v", ms, b, err)
+		}
+	}
+}
