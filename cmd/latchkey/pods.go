@@ -101,7 +101,12 @@ func (f podFilter) choose(pods []adminapi.Pod) []adminapi.Pod {
 		case "expires":
 			first = cmp.Compare(when(a.Expires), when(b.Expires))
 		case "asked":
-			first = cmp.Compare(when(b.LastAsked), when(a.LastAsked))
+			// The latest first, and who never asked last.
+			if a.LastAsked != nil && b.LastAsked != nil {
+				first = b.LastAsked.Compare(*a.LastAsked)
+			} else {
+				first = cmp.Compare(when(a.LastAsked), when(b.LastAsked))
+			}
 		}
 		if first != 0 {
 			return first
