@@ -24,6 +24,7 @@ import (
 
 func main() {
 	programs := map[string]func() *cobra.Command{
+		"dns":                     newDNS,
 		"etcd":                    newEtcd,
 		"kube-apiserver":          apiserver.NewAPIServerCommand,
 		"kube-controller-manager": controllers.NewControllerManagerCommand,
@@ -33,7 +34,7 @@ func main() {
 		"kubelet":                 func() *cobra.Command { return kubelet.NewKubeletCommand(context.Background()) },
 	}
 	if len(os.Args) < 2 || programs[os.Args[1]] == nil {
-		fmt.Fprintln(os.Stderr, "usage: kube etcd|kube-apiserver|kube-controller-manager|kube-proxy|kube-scheduler|kubectl|kubelet ...")
+		fmt.Fprintln(os.Stderr, "usage: kube dns|etcd|kube-apiserver|kube-controller-manager|kube-proxy|kube-scheduler|kubectl|kubelet ...")
 		os.Exit(2)
 	}
 	newCommand := programs[os.Args[1]]
