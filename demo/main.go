@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Command demo shows Latchkey's main job on one Linux machine, without AWS and
-// without Kubernetes: two pods get the credentials of their own roles, and a
-// thief with a stolen token gets none.
+// without Kubernetes: an unmodified AWS SDK makes associations at
+// latchkey-server, two pods get the credentials of their own roles, a thief
+// with a stolen token gets none, and a role changes while pods run.
 //
 // It makes a node of its own (a network namespace and a cgroup) and removes it
 // again; nothing else on the machine changes. Its exit status is 0 only if
@@ -22,6 +23,9 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/aws/aws-sdk-go-v2/aws"
+	"github.com/aws/aws-sdk-go-v2/service/eks"
 
 	"github.com/latchkey-dev/latchkey/pkg/attribution"
 	"github.com/latchkey-dev/latchkey/test/clients"
@@ -51,6 +55,9 @@ type demo struct {
 	failed int
 	rig    *rig.Rig
 	bin    string
+	eks    *eks.Client
+	// ids are the associations, by namespace and service account.
+	ids map[string]string
 }
 
 func run(ctx context.Context) (err error) {
@@ -58,7 +65,7 @@ func run(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	d := &demo{out: os.Stdout, color: isTerminal(os.Stdout), start: time.Now(), bin: filepath.Dir(exe)}
+	d := &demo{ids: map[string]string{}, out: os.Stdout, color: isTerminal(os.Stdout), start: time.Now(), bin: filepath.Dir(exe)}
 	if err := d.preflight(); err != nil {
 		return err
 	}
@@ -78,8 +85,15 @@ func run(ctx context.Context) (err error) {
 		}
 	}()
 	d.say("cgroup %s, pods below %s", d.rig.Node.CgroupRoot(), filepath.Base(d.rig.Node.KubepodsRoot()))
-	d.say("EKS Auth is a stand-in on the node's loopback: there is no AWS here. It speaks the real")
-	d.say("wire, checks request and token signatures, and its credentials open nothing.")
+
+	d.step("latchkey-server on the node's loopback: store, association API, EKS Auth API")
+	server, err := d.rig.StartServer(bounded, filepath.Join(d.bin, "latchkey-server"))
+	if err != nil {
+		return err
+	}
+	d.eks = server.EKS()
+	d.say("ready, for cluster %q, whose token keys are pinned; the agent's keys are good for %s only", rig.Cluster, rig.NodeName)
+	d.say("There is no AWS here: --stand-in-sts issues marked credentials that open nothing.")
 
 	d.step("latchkey-agent, attestation enforced")
 	agent, err := d.rig.StartAgent(bounded)
@@ -88,7 +102,7 @@ func run(ctx context.Context) (err error) {
 	}
 	d.say("ready: it attested a connection of its own on each address")
 
-	d.step("Two pods, each with its service account's token and role")
+	d.step("Two pods; an unmodified aws-sdk-go-v2 calls CreatePodIdentityAssociation for each")
 	api, err := d.pod(bounded, "web", "api", "api-7c9f-x2x", "web-reader")
 	if err != nil {
 		return err
@@ -111,6 +125,22 @@ func run(ctx context.Context) (err error) {
 
 	d.step("A process outside every pod has it, too")
 	d.ask(bounded, "a process of the host", d.rig.Node.HostPlace(), api.Token, 403)
+
+	d.step("The role of web/api changes while its pod runs (UpdatePodIdentityAssociation)")
+	d.role(bounded, api, "before: web-reader", "web-reader")
+	if err := d.update(bounded, "web", "api", "web-writer"); err != nil {
+		return err
+	}
+	d.sdk(bounded, api, api, "asks at once: still served from the agent's cache, until that is renewed", true)
+	d.role(bounded, api, "so it is web-reader still", "web-reader")
+	newer, err := d.rig.AddPod(bounded, testnode.PodConfig{Name: "api-7c9f-new", Namespace: "web", ServiceAccount: "api"})
+	if err != nil {
+		return err
+	}
+	d.sdk(bounded, newer, newer, "a new pod of that service account, asks", true)
+	d.role(bounded, newer, "and it is web-writer", "web-writer")
+	d.cli(bounded, "cache", "refresh", string(api.UID))
+	d.role(bounded, api, "the first pod's is now web-writer, too", "web-writer")
 
 	d.step("The pod \"api\" is deleted while somebody else holds a connection that it opened")
 	held, _, err := rig.Dial(bounded, api.Place(), rig.Host4)
@@ -148,10 +178,19 @@ func run(ctx context.Context) (err error) {
 		return fmt.Errorf("latchkey-agent cleanup: %w\n%s", err, out)
 	}
 	d.say("latchkey-agent cleanup removed %d things: programs, pins, addresses", strings.Count(out, "removed "))
-	d.secrets(agent.Log(), api.Token, batch.Token)
+	if err := server.Stop(bounded); err != nil {
+		return fmt.Errorf("the server did not stop well: %w; its log:\n%s", err, server.Log())
+	}
+	audit, err := server.Audit()
+	if err != nil {
+		return err
+	}
+	d.secrets("the agent's log", agent.Log(), api.Token, batch.Token, newer.Token)
+	d.secrets("the server's log and audit", server.Log()+audit, api.Token, batch.Token, newer.Token)
+	d.audited(audit)
 
 	if d.failed > 0 {
-		return fmt.Errorf("%d expectations did not hold; the agent's log:\n%s", d.failed, agent.Log())
+		return fmt.Errorf("%d expectations did not hold; the agent's log:\n%s\nthe server's:\n%s", d.failed, agent.Log(), server.Log())
 	}
 	fmt.Fprintf(d.out, "\n%s in %s.\n", d.paint("32", "Every expectation held"), time.Since(d.start).Round(100*time.Millisecond))
 	return nil
@@ -169,7 +208,7 @@ func (d *demo) preflight() error {
 	if _, err := testnode.Cgroup2Mount(); err != nil {
 		missing = append(missing, fmt.Sprintf("cgroup v2: %v", err))
 	}
-	for _, name := range []string{"latchkey-agent", "latchkey", "awsgo"} {
+	for _, name := range []string{"latchkey-agent", "latchkey-server", "latchkey", "awsgo"} {
 		if _, err := os.Stat(filepath.Join(d.bin, name)); err != nil {
 			missing = append(missing, "the program "+name+" beside this one: run `make demo`")
 		}
@@ -190,9 +229,68 @@ func (d *demo) pod(ctx context.Context, namespace, serviceAccount, name, role st
 	if err != nil {
 		return nil, err
 	}
-	d.rig.Associate(namespace, serviceAccount, role)
+	out, err := d.eks.CreatePodIdentityAssociation(ctx, &eks.CreatePodIdentityAssociationInput{
+		ClusterName: aws.String(rig.Cluster), Namespace: aws.String(namespace), ServiceAccount: aws.String(serviceAccount),
+		RoleArn: aws.String(roleARN(role)),
+	})
+	if err != nil {
+		return nil, err
+	}
+	d.ids[namespace+"/"+serviceAccount] = aws.ToString(out.Association.AssociationId)
 	d.say("%-12s service account %s/%s, role %s, address %s", name, namespace, serviceAccount, role, p.IPv4)
 	return p, nil
+}
+
+func roleARN(role string) string { return "arn:aws:iam::" + rig.Account + ":role/" + role }
+
+// update gives a service account another role.
+func (d *demo) update(ctx context.Context, namespace, serviceAccount, role string) error {
+	out, err := d.eks.UpdatePodIdentityAssociation(ctx, &eks.UpdatePodIdentityAssociationInput{
+		ClusterName: aws.String(rig.Cluster), AssociationId: aws.String(d.ids[namespace+"/"+serviceAccount]), RoleArn: aws.String(roleARN(role)),
+	})
+	if err != nil {
+		return err
+	}
+	d.say("%s: role %s", aws.ToString(out.Association.AssociationId), aws.ToString(out.Association.RoleArn))
+	return nil
+}
+
+// role looks up at the agent whose credentials a pod was given.
+func (d *demo) role(ctx context.Context, p *rig.Pod, what, want string) {
+	// A renewal takes a moment.
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	for {
+		pods, err := d.rig.Admin().Pods(ctx)
+		got := ""
+		for _, one := range pods {
+			if one.UID == string(p.UID) {
+				got = one.Role
+			}
+		}
+		// The session's ARN: arn:aws:sts::ACCOUNT:assumed-role/ROLE/SESSION.
+		held := err == nil && strings.Contains(got, "/"+want+"/")
+		if held || err != nil || ctx.Err() != nil {
+			d.expect(held, "%s: %s", what, got)
+			return
+		}
+		select {
+		case <-time.After(20 * time.Millisecond):
+		case <-ctx.Done():
+		}
+	}
+}
+
+// audited counts the exchanges in the server's audit log.
+func (d *demo) audited(audit string) {
+	done := 0
+	for line := range strings.Lines(audit) {
+		var r struct{ Type, Outcome, JTI string }
+		if json.Unmarshal([]byte(line), &r) == nil && r.Type == "exchange" && r.Outcome == "done" && r.JTI != "" {
+			done++
+		}
+	}
+	d.expect(done >= 4, "%d exchanges in the server's audit log: two pods, the new one, the renewal", done)
 }
 
 // sdk runs the SDK's client in one pod with the token of another, or its own.
@@ -259,13 +357,13 @@ func (d *demo) cli(ctx context.Context, args ...string) {
 }
 
 // secrets looks for tokens where none may be.
-func (d *demo) secrets(log string, tokens ...string) {
+func (d *demo) secrets(where, log string, tokens ...string) {
 	clean := true
 	for _, t := range tokens {
 		parts := strings.Split(t, ".")
 		clean = clean && !strings.Contains(log, parts[len(parts)-1])
 	}
-	d.expect(clean, "no token in the agent's log (%d lines)", strings.Count(log, "\n"))
+	d.expect(clean, "no token in %s (%d lines)", where, strings.Count(log, "\n"))
 }
 
 func (d *demo) keep(ctx context.Context, pod *rig.Pod) {

@@ -166,7 +166,7 @@ func (c *cli) associationUpdate() *cobra.Command {
 	var o associationFlags
 	cmd := &cobra.Command{
 		Use: "update", Short: "Change an association; what is not given stays", Args: commandline.NoArgs,
-		Long: "update changes what new credentials are for. Pods that have some keep those until an agent renews\nthem, at half their life.",
+		Long: "update changes what new credentials are for. Pods that have some keep those until their agent renews\nthem, at the latest 20 minutes before they end.",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := o.needOne(); err != nil {
 				return err

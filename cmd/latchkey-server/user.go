@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -126,6 +128,10 @@ func newUserAdd(c *cli) *cobra.Command {
 				}
 			default:
 				u.Permissions = []permission.Permission{p}
+			}
+			// The first user may come before the first start.
+			if err := os.MkdirAll(filepath.Dir(c.usersFile()), 0o700); err != nil {
+				return err
 			}
 			if err := permission.Add(c.usersFile(), u); err != nil {
 				return err

@@ -66,11 +66,13 @@ type Rig struct {
 
 	cfg  Config
 	keys string
+	// endpoint is what agents ask, with the node's own keys for it.
+	endpoint, nodeKey, nodeSecret string
 }
 
 // New makes the node, the signer and the stand-in. No agent runs yet.
 func New(ctx context.Context, cfg Config) (_ *Rig, err error) {
-	r := &Rig{cfg: cfg}
+	r := &Rig{cfg: cfg, nodeKey: nodeKey, nodeSecret: nodeSecret}
 	if r.Signer, err = tokens.NewSigner(cfg.Signer); err != nil {
 		return nil, fmt.Errorf("making the cluster's signing key: %w", err)
 	}
@@ -103,12 +105,14 @@ func New(ctx context.Context, cfg Config) (_ *Rig, err error) {
 			return err
 		}
 		r.EKSAuth = standin.Serve(ln)
+		r.endpoint = r.EKSAuth.URL
 		return nil
 	})
 	return r, err
 }
 
-// The node's own AWS credentials, which only the stand-in knows.
+// The node's own AWS credentials, which only the stand-in knows; latchkey-server
+// makes its own.
 const (
 	nodeKey    = "AKIASTANDINNODE00000"
 	nodeSecret = "stand-in secret of the node, worth nothing"
@@ -182,7 +186,7 @@ type Agent struct {
 // Args are the arguments of `latchkey-agent server` on this rig.
 func (r *Rig) Args(more ...string) []string {
 	args := []string{
-		"server", "--cluster-name", Cluster, "--endpoint", r.EKSAuth.URL,
+		"server", "--cluster-name", Cluster, "--endpoint", r.endpoint,
 		"--jwks", r.keys, "--issuer", r.Signer.Issuer(),
 		"--cgroup-root", r.Node.KubepodsRoot(), "--pin-path", r.PinPath(),
 		"--admin-socket", r.Socket(), "--state-dir", r.StateDir(),
@@ -216,7 +220,7 @@ func (r *Rig) LaunchAgent(args ...string) (*Agent, error) { return r.LaunchAgent
 // which gets the agent's command line after its own arguments.
 func (r *Rig) LaunchAgentUnder(wrapper []string, args ...string) (*Agent, error) {
 	a := &Agent{rig: r, log: &buffer{}, done: make(chan struct{})}
-	place := r.Node.AgentPlace().WithEnv("AWS_REGION="+Region, "AWS_ACCESS_KEY_ID="+nodeKey, "AWS_SECRET_ACCESS_KEY="+nodeSecret,
+	place := r.Node.AgentPlace().WithEnv("AWS_REGION="+Region, "AWS_ACCESS_KEY_ID="+r.nodeKey, "AWS_SECRET_ACCESS_KEY="+r.nodeSecret,
 		"AWS_EC2_METADATA_DISABLED=true")
 	a.cmd = place.Command(context.Background(), slices.Concat(wrapper, []string{r.cfg.AgentBinary}, args)...)
 	a.cmd.Stdout, a.cmd.Stderr = a.log, a.log
