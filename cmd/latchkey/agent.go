@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"math"
 	"os"
 	"slices"
 	"strings"
@@ -71,7 +72,11 @@ func (c *cli) printStatus(s adminapi.Status) error {
 		t.add("last error", fmt.Sprintf("%s %d %s %s", e.Reason, e.Status, e.Code, e.Message))
 	}
 	if u.ClockSkew != nil {
-		t.add("its clock", fmt.Sprintf("%+.0f s from this node's", *u.ClockSkew))
+		clock := "agrees with this node's"
+		if math.Abs(*u.ClockSkew) >= 2 {
+			clock = fmt.Sprintf("%+.0f s from this node's", *u.ClockSkew)
+		}
+		t.add("its clock", clock)
 	}
 	node := u.Credentials.State
 	if u.Credentials.Source != "" {
@@ -506,9 +511,9 @@ func (c *cli) doctorVerb() *cobra.Command {
 				// As it goes: a check may wait for somebody who does not answer.
 				d.Report = func(k diagnose.Check) {
 					m := marks[k.State]
-					fmt.Fprintf(c.out, "%s%s %-13s%s\n", c.paint(m.text, m.col), strings.Repeat(" ", max(0, 8-len(m.text))), k.Name, printable(k.Text))
+					fmt.Fprintf(c.out, "%s%s %-14s%s\n", c.paint(m.text, m.col), strings.Repeat(" ", max(0, 8-len(m.text))), k.Name, printable(k.Text))
 					if k.Fix != "" {
-						fmt.Fprintf(c.out, "%22s→ %s\n", "", printable(k.Fix))
+						fmt.Fprintf(c.out, "%23s→ %s\n", "", printable(k.Fix))
 					}
 				}
 			}

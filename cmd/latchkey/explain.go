@@ -234,7 +234,7 @@ func (c *cli) whoisVerb() *cobra.Command {
 			return c.print(who, func() error {
 				t := &table{}
 				for _, s := range who.Steps {
-					t.add(s.What, s.Value, "("+s.Source+")")
+					t.add(s.What, s.Value+"  ("+s.Source+")")
 				}
 				if p := who.Pod; p != nil {
 					t.add("pod", p.UID)

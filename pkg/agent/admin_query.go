@@ -315,12 +315,19 @@ func processName(pid int) string {
 	if err != nil {
 		return ""
 	}
+	name := strings.TrimSpace(string(data))
+	if name == "exe" {
+		// It executed itself again; that name says nothing.
+		if target, err := os.Readlink(filepath.Join("/proc", strconv.Itoa(pid), "exe")); err == nil {
+			name = filepath.Base(target)
+		}
+	}
 	return strings.Map(func(r rune) rune {
 		if r < ' ' || r > '~' {
 			return '?'
 		}
 		return r
-	}, strings.TrimSpace(string(data)))
+	}, name[:min(len(name), 64)])
 }
 
 func named(id, name string) string {

@@ -462,7 +462,7 @@ func (d *Doctor) capabilities(context.Context) {
 		return
 	}
 	dir := filepath.Join(d.ProcFS, strconv.Itoa(d.status.PID))
-	if comm, err := os.ReadFile(filepath.Join(dir, "comm")); err != nil || !strings.HasPrefix(string(comm), "latchkey-agent") {
+	if processName(d.ProcFS, d.status.PID) != "latchkey-agent" {
 		d.add(explain.Warn, "capabilities", "the agent's process is not seen from here", "run it in the host's pid namespace, and the agent with hostPID")
 		return
 	}

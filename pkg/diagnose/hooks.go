@@ -127,7 +127,7 @@ func pinned(at, base string) (*Object, error) {
 // below the mount, in the order in which it runs. pins is the agent's
 // directory, empty if it pins nothing.
 func Hooks(mount, cgroup, pins string) ([]explain.Hook, error) {
-	own := ownPrograms(pins)
+	own, links := ownPrograms(pins), linksOf()
 	var out []explain.Hook
 	for _, h := range hookTypes {
 		effective, err := query(filepath.Join(mount, cgroup), h.attach, queryEffective)
@@ -151,7 +151,7 @@ func Hooks(mount, cgroup, pins string) ([]explain.Hook, error) {
 		}
 		hook := explain.Hook{Name: h.name}
 		for _, p := range effective {
-			d := describe(p, own)
+			d := describe(p, own, links)
 			d.Cgroup = where[p.ID]
 			hook.Programs = append(hook.Programs, d)
 		}
@@ -167,7 +167,7 @@ const maxCgroups = 20000
 // one, where they see some pods only. It stops, with an error, after 20,000
 // cgroups.
 func Below(mount, cgroup, pins string) ([]explain.Hook, error) {
-	own := ownPrograms(pins)
+	own, links := ownPrograms(pins), linksOf()
 	out := make([]explain.Hook, len(hookTypes))
 	for i, h := range hookTypes {
 		out[i].Name = h.name
@@ -196,7 +196,7 @@ func Below(mount, cgroup, pins string) ([]explain.Hook, error) {
 				return err
 			}
 			for _, p := range found {
-				d := describe(p, own)
+				d := describe(p, own, links)
 				d.Cgroup = strings.TrimPrefix(path, strings.TrimSuffix(mount, "/"))
 				out[i].Programs = append(out[i].Programs, d)
 			}
@@ -221,8 +221,8 @@ func query(dir string, at ebpf.AttachType, flags uint32) ([]link.AttachedProgram
 
 // describe names a program; nothing but its id is known if it may not be
 // opened or is gone.
-func describe(p link.AttachedProgram, own map[uint32]bool) explain.Program {
-	d := explain.Program{ID: uint32(p.ID)}
+func describe(p link.AttachedProgram, own map[uint32]bool, links map[ebpf.ProgramID]link.ID) explain.Program {
+	d := explain.Program{ID: uint32(p.ID), Link: uint32(links[p.ID])}
 	if id, ok := p.LinkID(); ok {
 		d.Link = uint32(id)
 	}
@@ -244,6 +244,21 @@ func describe(p link.AttachedProgram, own map[uint32]bool) explain.Program {
 		d.Ours = own[d.ID]
 	}
 	return d
+}
+
+// linksOf gives the cgroup links of the machine by their programs: most kernels
+// do not tell of them when they are asked for a cgroup's programs. A program
+// that was attached without a link is not in it.
+func linksOf() map[ebpf.ProgramID]link.ID {
+	out := map[ebpf.ProgramID]link.ID{}
+	var it link.Iterator
+	defer it.Close()
+	for it.Next() {
+		if info, err := it.Link.Info(); err == nil && info.Cgroup() != nil {
+			out[info.Program] = it.ID
+		}
+	}
+	return out
 }
 
 // ownPrograms are the ids of the pinned programs; nil if nothing is pinned.

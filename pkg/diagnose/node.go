@@ -114,8 +114,7 @@ func Listeners(procfs string, port uint16) ([]Listener, error) {
 	for i := range out {
 		out[i].PID = holder(procfs, out[i].Inode)
 		if out[i].PID != 0 {
-			comm, _ := os.ReadFile(filepath.Join(procfs, strconv.Itoa(out[i].PID), "comm"))
-			out[i].Process = fmt.Sprintf("%s (%d)", strings.TrimSpace(string(comm)), out[i].PID)
+			out[i].Process = fmt.Sprintf("%s (%d)", processName(procfs, out[i].PID), out[i].PID)
 		}
 	}
 	return out, nil
@@ -185,4 +184,18 @@ func PortHolder(procfs string, addresses []netip.Addr, port uint16, agent int) (
 		}
 	}
 	return "", err
+}
+
+// processName is what a process is called. One that executed itself again, as
+// the agent does to give up capabilities, is called "exe", which says nothing.
+func processName(procfs string, pid int) string {
+	dir := filepath.Join(procfs, strconv.Itoa(pid))
+	comm, _ := os.ReadFile(filepath.Join(dir, "comm"))
+	name := strings.TrimSpace(string(comm))
+	if name == "exe" {
+		if target, err := os.Readlink(filepath.Join(dir, "exe")); err == nil {
+			name = filepath.Base(target)
+		}
+	}
+	return name
 }

@@ -313,7 +313,7 @@ func (w *walk) pod() {
 		if f.Pod.ServiceAccount != "" {
 			text += ", " + account(f.Pod)
 		}
-		w.add(OK, "pod", text, "cgroup "+f.Pod.Cgroup, at)
+		w.add(OK, "pod", text, "the cgroup's name", at)
 	}
 }
 
@@ -496,7 +496,7 @@ func (w *walk) connection() {
 		return
 	}
 	if o := w.other; o != nil {
-		who := "pod " + o.Namespace + "/" + o.Pod + " (" + o.PodUID + ")"
+		who := "pod " + podName(&adminapi.Pod{Namespace: o.Namespace, Name: o.Pod, UID: o.PodUID})
 		if !w.seen() {
 			w.fail("connection", who+" asked with this pod's token", "the kernel's evidence", o.Last,
 				Cause{NodeProxy, who + " connects with this pod's token: a proxy that runs in a pod, or a stolen token", proxyFix()})
@@ -742,6 +742,10 @@ func (w *walk) upstreamCause(u *adminapi.UpstreamError) Cause {
 		}
 	}
 	cluster := w.f.Status.Cluster
+	namespace, serviceAccount := "NAMESPACE", "SERVICEACCOUNT"
+	if p := w.f.Pod; p != nil && p.ServiceAccount != "" {
+		namespace, serviceAccount = p.Namespace, p.ServiceAccount
+	}
 	node := w.f.Status.Upstream.Credentials
 	switch {
 	case u.Status == 403 && slices.Contains(credentialCodes, u.Code), node.State == "missing":
@@ -761,7 +765,7 @@ func (w *walk) upstreamCause(u *adminapi.UpstreamError) Cause {
 	switch evidence.Reason(u.Reason) {
 	case evidence.ReasonUpstreamNotFound:
 		return Cause{NoAssociation, "no association: " + who + " has no pod identity association in cluster " + cluster,
-			[]string{"aws eks create-pod-identity-association --cluster-name " + cluster + " --namespace NAMESPACE --service-account SERVICEACCOUNT --role-arn ROLE", "aws eks list-pod-identity-associations --cluster-name " + cluster + " shows those that there are"}}
+			[]string{"aws eks create-pod-identity-association --cluster-name " + cluster + " --namespace " + namespace + " --service-account " + serviceAccount + " --role-arn ROLE", "aws eks list-pod-identity-associations --cluster-name " + cluster + " shows those that there are"}}
 	case evidence.ReasonUpstreamToken:
 		if w.skewed() {
 			return w.clockCause()
