@@ -8,7 +8,10 @@ import (
 	"errors"
 	"net/http"
 	"strconv"
+	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/latchkey-dev/latchkey/pkg/association"
 	"github.com/latchkey-dev/latchkey/pkg/issuer"
@@ -56,7 +59,7 @@ func (c *call) modelCluster() string {
 	if c.route.op.auth {
 		return ""
 	}
-	return c.route.cluster
+	return shown(c.route.cluster)
 }
 
 // messenger is an error with a text for clients.
@@ -140,7 +143,7 @@ func authFault(e *sigv4.Error) *fault {
 }
 
 func (c *call) storeFault(e *association.Error) *fault {
-	f := &fault{message: e.Message, cluster: e.Cluster, cause: e.Cause}
+	f := &fault{message: e.Message, cluster: shown(e.Cluster), cause: e.Cause}
 	if f.cluster == "" {
 		f.cluster = c.modelCluster()
 	}
@@ -177,6 +180,20 @@ func (c *call) storeFault(e *association.Error) *fault {
 	return f
 }
 
+// shown is a text of a stranger's as answers repeat it: not longer than any name
+// that exists, and in one line.
+func shown(s string) string {
+	if len(s) > 160 {
+		s = s[:160]
+	}
+	return strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) || r == utf8.RuneError {
+			return '?'
+		}
+		return r
+	}, s)
+}
+
 // finish records, answers and observes.
 func (c *call) finish(answer any, err error) {
 	var f *fault
@@ -202,7 +219,7 @@ func (c *call) finish(answer any, err error) {
 	}
 	if status >= 500 {
 		c.Log.Error("a request failed", "request_id", c.id, "operation", operation, "status", status, "code", code,
-			"caller", c.caller.Name, "cluster", c.route.cluster, "error", f)
+			"caller", c.caller.Name, "cluster", shown(c.route.cluster), "error", f)
 	}
 	h := c.w.Header()
 	h.Set("Content-Type", "application/json")

@@ -74,9 +74,9 @@ type emptyAnswer struct{}
 // the caller has something to do with it, it exists, and the signature is for
 // its region.
 func (c *call) enterCluster() (association.Cluster, error) {
-	resource := "cluster/" + c.route.cluster
+	resource := "cluster/" + shown(c.route.cluster)
 	if c.route.id != "" {
-		resource = "podidentityassociation/" + c.route.cluster + "/" + c.route.id
+		resource = "podidentityassociation/" + shown(c.route.cluster) + "/" + shown(c.route.id)
 	}
 	if err := c.allowSomewhere(resource); err != nil {
 		return association.Cluster{}, err
@@ -283,7 +283,7 @@ func (c *call) enterTags() error {
 		return c.invalidParameter("The resource ARN is not of a pod identity association or a cluster.")
 	}
 	c.route.cluster = cluster
-	if err := c.allowSomewhere(arn.Resource); err != nil {
+	if err := c.allowSomewhere(shown(arn.Resource)); err != nil {
 		return err
 	}
 	return c.checkRegion(association.Cluster{Region: arn.Region})

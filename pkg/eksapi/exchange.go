@@ -51,7 +51,7 @@ type exchangeCredentials struct {
 // exchange is AssumeRoleForPodIdentity.
 func (c *call) exchange() (any, error) {
 	request := permission.Request{Action: c.route.op.action, Cluster: c.route.cluster}
-	if err := c.allowSomewhere("cluster/" + c.route.cluster); err != nil {
+	if err := c.allowSomewhere("cluster/" + shown(c.route.cluster)); err != nil {
 		return nil, err
 	}
 	// An index that was never filled, or that the store has not confirmed for long,
@@ -64,7 +64,7 @@ func (c *call) exchange() (any, error) {
 	}
 	cluster, ok := c.Index.Cluster(c.route.cluster)
 	if !ok {
-		return nil, notFound("No cluster found for name: " + c.route.cluster + ".")
+		return nil, notFound("No cluster found for name: " + shown(c.route.cluster) + ".")
 	}
 	if err := c.checkRegion(cluster); err != nil {
 		return nil, err

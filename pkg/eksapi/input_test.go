@@ -59,6 +59,10 @@ func TestBadInput(t *testing.T) {
 		"cluster with a NUL":     {raw{method: "GET", path: "/clusters/prod%00/pod-identity-associations"}, 404, "ResourceNotFoundException"},
 		"cluster, full width":    {raw{method: "GET", path: "/clusters/%EF%BD%90rod/pod-identity-associations"}, 404, "ResourceNotFoundException"},
 		"cluster in other case":  {raw{method: "GET", path: "/clusters/PROD/pod-identity-associations"}, 404, "ResourceNotFoundException"},
+		"cluster with a newline": {raw{method: "GET", path: "/clusters/a%0Ab/pod-identity-associations"}, 404, "ResourceNotFoundException"},
+		"long cluster, denied":   {raw{user: "NOBODY", method: "GET", path: "/clusters/" + strings.Repeat("a", 4000) + "%0A/pod-identity-associations"}, 403, "AccessDeniedException"},
+		"long cluster, exchange": {raw{path: "/clusters/" + strings.Repeat("%C3%A4", 1000) + "/assume-role-for-pod-identity", body: "{}"}, 404, "ResourceNotFoundException"},
+		"long ARN":               {raw{user: "NOBODY", method: "GET", path: "/tags/arn:aws:eks:" + region + ":" + account + ":cluster/" + strings.Repeat("x", 4000)}, 400, "BadRequestException"},
 		"long cluster":           {raw{method: "GET", path: "/clusters/" + strings.Repeat("a", 4000) + "/pod-identity-associations"}, 404, "ResourceNotFoundException"},
 		"id with dots":           {raw{method: "GET", path: collection + "/a-%2E%2E%2F%2E%2E%2F%2E%2E%2F%2E%2E%2F%2E%2E%2F%2E%2E"}, 404, "ResourceNotFoundException"},
 		"id of 19 other letters": {raw{method: "GET", path: collection + "/" + strings.Repeat("%C3%A4", 19)}, 404, "ResourceNotFoundException"},
@@ -153,8 +157,8 @@ func TestBadInput(t *testing.T) {
 				if a.status != c.status || a.code() != c.code {
 					t.Fatalf("got %d %s %s, want %d %s", a.status, a.code(), a.body, c.status, c.code)
 				}
-				if a.message(t) == "" {
-					t.Error("no message")
+				if m := a.message(t); m == "" || len(a.body) > 1000 || strings.ContainsAny(m, "\x00\n") {
+					t.Errorf("message %q", m)
 				}
 			})
 		})
@@ -192,7 +196,7 @@ func TestLargeBodyInChunks(t *testing.T) {
 	defer conn.Close()
 	_ = conn.SetDeadline(time.Now().Add(patience))
 	go func() {
-		fmt.Fprintf(conn, "POST /clusters/prod/pod-identity-associations HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+		fmt.Fprintf(conn, "POST /clusters/prod/pod-identity-associations HTTP/1.1\r\nHost: x\r\nAuthorization: AWS4-HMAC-SHA256 x\r\nTransfer-Encoding: chunked\r\n\r\n")
 		for range 100 {
 			if _, err := fmt.Fprintf(conn, "2000\r\n%s\r\n", strings.Repeat("x", 0x2000)); err != nil {
 				return
