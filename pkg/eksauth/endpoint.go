@@ -98,6 +98,12 @@ func NewTransport(base *http.Transport) *http.Transport {
 	t.ForceAttemptHTTP2 = false
 	t.Protocols = new(http.Protocols)
 	t.Protocols.SetHTTP1(true)
+	// A base that could do HTTP/2 has it among the protocols that its handshake
+	// offers. A server that chose it would not be understood.
+	t.TLSNextProto = nil
+	if t.TLSClientConfig != nil {
+		t.TLSClientConfig.NextProtos = []string{"http/1.1"} // the clone's own
+	}
 	return t
 }
 
