@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -127,6 +128,35 @@ func TestTablesAreAligned(t *testing.T) {
 	}
 	if err := c.write(tab); err != nil || !strings.Contains(out.String(), "y    \x1b[31mlonger\x1b[0m  2\n") {
 		t.Errorf("%v: %q", err, out.String())
+	}
+}
+
+// Colour is for people: on a terminal, and not if they say that it is in the
+// way.
+func TestColourOnATerminalOnly(t *testing.T) {
+	tty, err := os.OpenFile("/dev/ptmx", os.O_RDWR, 0)
+	if err != nil {
+		t.Fatalf("no terminal can be had: %v", err)
+	}
+	defer tty.Close()
+	file, err := os.Create(filepath.Join(t.TempDir(), "out"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	t.Setenv("TERM", "xterm")
+	t.Setenv("NO_COLOR", "")
+	if !colourful(tty) || colourful(file) || colourful(&bytes.Buffer{}) {
+		t.Error("colour belongs on a terminal, and nowhere else")
+	}
+	t.Setenv("NO_COLOR", "1")
+	if colourful(tty) {
+		t.Error("NO_COLOR is not heeded")
+	}
+	t.Setenv("NO_COLOR", "")
+	t.Setenv("TERM", "dumb")
+	if colourful(tty) {
+		t.Error("a dumb terminal shows no colour")
 	}
 }
 

@@ -14,8 +14,6 @@ import (
 // podNames is what the container runtime says of pods; *pods.Runtime is one.
 type podNames interface {
 	Metadata(evidence.PodUID) (pods.Metadata, bool)
-	FindContainer(id string) (evidence.PodUID, string, bool)
-	FindPod(namespace, name string) []evidence.PodUID
 }
 
 // pods joins what the kernel says of the node with what the cache holds.
