@@ -5,13 +5,18 @@ package issuer
 import (
 	"errors"
 	"fmt"
+	"strconv"
 	"strings"
 	"time"
 
+	"github.com/aws/aws-sdk-go-v2/aws"
 	awshttp "github.com/aws/aws-sdk-go-v2/aws/transport/http"
 	"github.com/aws/aws-sdk-go-v2/service/sts"
+	"github.com/aws/aws-sdk-go-v2/service/sts/types"
 	"github.com/aws/smithy-go"
 	smithyhttp "github.com/aws/smithy-go/transport/http"
+
+	"github.com/latchkey-dev/latchkey/pkg/association"
 )
 
 // Texts for pods. The first is EKS Auth's own.
@@ -36,6 +41,7 @@ func classify(err error, hop int) *Error {
 		return e
 	}
 	e.Code = shortCode(api.ErrorCode())
+	e.RetryAfter = retryAfter(err)
 	if status := statusOf(err); status >= 500 {
 		return e
 	}
@@ -100,26 +106,60 @@ func shortCode(code string) string {
 	return code
 }
 
-// read takes an answer, whole or not at all.
-func read(out *sts.AssumeRoleOutput, h hop, started time.Time) (Credentials, *Error) {
+// read takes an answer, whole or not at all. Some STS-compatible servers
+// (MinIO) leave the assumed role empty, which AWS never does: then it is named
+// as AWS would, after what was asked for.
+func read(out *sts.AssumeRoleOutput, h hop, started time.Time, compatible bool) (Credentials, *Error) {
 	broken := func(what string) (Credentials, *Error) {
 		return Credentials{}, &Error{kind: ErrUnavailable, message: messageUnavailable, cause: fmt.Errorf("STS's answer has %s", what)}
 	}
 	c, u := out.Credentials, out.AssumedRoleUser
+	if u == nil {
+		u = &types.AssumedRoleUser{}
+	}
+	arn, id := aws.ToString(u.Arn), aws.ToString(u.AssumedRoleId)
+	if compatible && (arn == "" || id == "") {
+		role, err := association.ParseRoleARN(h.roleARN)
+		if err != nil {
+			return broken("no assumed role, and the role cannot be read")
+		}
+		arn, id = sessionARN(role, h.sessionName), roleName(role)+":"+h.sessionName
+	}
 	switch {
-	case c == nil || empty(c.AccessKeyId) || empty(c.SecretAccessKey) || empty(c.SessionToken):
+	case c == nil || aws.ToString(c.AccessKeyId) == "" || aws.ToString(c.SecretAccessKey) == "" || aws.ToString(c.SessionToken) == "":
 		return broken("no credentials")
 	case c.Expiration == nil || !c.Expiration.After(started):
 		return broken("no time of expiry that is to come")
-	case u == nil || empty(u.Arn) || empty(u.AssumedRoleId):
+	case arn == "" || id == "":
 		return broken("no assumed role")
 	}
 	return Credentials{
 		AccessKeyID: *c.AccessKeyId, SecretAccessKey: *c.SecretAccessKey, SessionToken: *c.SessionToken,
 		Expires:        c.Expiration.UTC(),
-		AssumedRoleARN: *u.Arn, AssumedRoleID: *u.AssumedRoleId,
+		AssumedRoleARN: arn, AssumedRoleID: id,
 		SessionName: h.sessionName,
 	}, nil
 }
 
-func empty(s *string) bool { return s == nil || *s == "" }
+// roleName leaves the role's path out, as names and ARNs of sessions do.
+func roleName(role association.ARN) string {
+	return role.Resource[strings.LastIndexByte(role.Resource, '/')+1:]
+}
+
+// sessionARN is the ARN of a role's session.
+func sessionARN(role association.ARN, session string) string {
+	return fmt.Sprintf("arn:%s:sts::%s:assumed-role/%s/%s", role.Partition, role.Account, roleName(role), session)
+}
+
+// retryAfter is what the service asks for, in whole seconds, a minute at most.
+func retryAfter(err error) time.Duration {
+	var response *smithyhttp.ResponseError
+	if !errors.As(err, &response) || response.Response == nil {
+		return 0
+	}
+	seconds, parseErr := strconv.Atoi(response.Response.Header.Get("Retry-After"))
+	if parseErr != nil || seconds < 0 {
+		return 0
+	}
+	return min(time.Duration(seconds)*time.Second, time.Minute)
+}

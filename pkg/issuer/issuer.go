@@ -326,7 +326,7 @@ func (i *Issuer) call(ctx context.Context, n int, region string, caller aws.Cred
 		if id, ok := awsmiddleware.GetRequestIDMetadata(out.ResultMetadata); ok {
 			ids = append(ids, id)
 		}
-		answer, failed = read(out, h, started)
+		answer, failed = read(out, h, started, i.cfg.Endpoint != "")
 	} else {
 		failed = classify(err, n)
 		ids = requestIDsOf(err)

@@ -20,6 +20,8 @@ import (
 
 	"github.com/aws/aws-sdk-go-v2/aws"
 	"github.com/aws/aws-sdk-go-v2/credentials"
+	service "github.com/aws/aws-sdk-go-v2/service/sts"
+	"github.com/aws/aws-sdk-go-v2/service/sts/types"
 	"github.com/aws/smithy-go"
 	"github.com/google/uuid"
 
@@ -328,7 +330,6 @@ func TestBrokenAnswers(t *testing.T) {
 		"garbage":        {Kind: sts.Body, Body: []byte("<html>")},
 		"empty":          {Kind: sts.Body, Body: []byte{}},
 		"no credentials": {Kind: sts.NoCredentials},
-		"no user":        {Kind: sts.NoUser},
 		"expired":        {Kind: sts.Expired},
 		"redirect":       {Kind: sts.Refuse, Status: http.StatusTemporaryRedirect, Body: []byte("elsewhere")},
 	} {
@@ -348,6 +349,62 @@ func TestBrokenAnswers(t *testing.T) {
 	}
 	if _, err := r.Issue(t.Context(), request()); err != nil {
 		t.Errorf("resumed: %v", err)
+	}
+}
+
+// Servers that speak STS's wire may leave the assumed role empty; AWS does not.
+func TestCompatibleServers(t *testing.T) {
+	r := start(t)
+	r.sts.Inject(sts.Fault{Kind: sts.NoUser})
+	got, err := r.Issue(t.Context(), request())
+	if err != nil || got.AssumedRoleARN != "arn:aws:sts::111122223333:assumed-role/web/"+got.SessionName || got.AssumedRoleID != "web:"+got.SessionName {
+		t.Errorf("%s, %s, %v", got.AssumedRoleARN, got.AssumedRoleID, err)
+	}
+	whole := func() *service.AssumeRoleOutput {
+		return &service.AssumeRoleOutput{
+			AssumedRoleUser: &types.AssumedRoleUser{Arn: aws.String("arn"), AssumedRoleId: aws.String("id")},
+			Credentials: &types.Credentials{AccessKeyId: aws.String("a"), SecretAccessKey: aws.String("b"), SessionToken: aws.String("c"),
+				Expiration: aws.Time(time.Now().Add(time.Hour))},
+		}
+	}
+	if _, failed := read(whole(), hop{roleARN: role}, time.Now(), false); failed != nil {
+		t.Error(failed)
+	}
+	for name, edit := range map[string]func(*service.AssumeRoleOutput){
+		"no user":   func(o *service.AssumeRoleOutput) { o.AssumedRoleUser = nil },
+		"no ARN":    func(o *service.AssumeRoleOutput) { o.AssumedRoleUser.Arn = nil },
+		"empty id":  func(o *service.AssumeRoleOutput) { o.AssumedRoleUser.AssumedRoleId = aws.String("") },
+		"no key":    func(o *service.AssumeRoleOutput) { o.Credentials.AccessKeyId = nil },
+		"no secret": func(o *service.AssumeRoleOutput) { o.Credentials.SecretAccessKey = nil },
+		"no token":  func(o *service.AssumeRoleOutput) { o.Credentials.SessionToken = aws.String("") },
+		"no expiry": func(o *service.AssumeRoleOutput) { o.Credentials.Expiration = nil },
+	} {
+		out := whole()
+		edit(out)
+		if _, failed := read(out, hop{roleARN: role}, time.Now(), false); !errors.Is(failed, ErrUnavailable) {
+			t.Errorf("%s: %v", name, failed)
+		}
+	}
+}
+
+// What the service asks callers to wait for is handed on, within reason.
+func TestRetryAfter(t *testing.T) {
+	for header, want := range map[string]time.Duration{"": 0, "3": 3 * time.Second, "86400": time.Minute, "-1": 0, "soon": 0} {
+		i, err := New(t.Context(), Config{
+			Credentials: credentials.NewStaticCredentialsProvider(keyID, secret, ""), MaxAttempts: 1,
+			Transport: transport(func(r *http.Request) (*http.Response, error) {
+				const body = `<ErrorResponse><Error><Code>Throttling</Code><Message>no</Message></Error></ErrorResponse>`
+				return &http.Response{StatusCode: 400, Header: http.Header{"Retry-After": {header}}, Body: io.NopCloser(strings.NewReader(body)), Request: r}, nil
+			}),
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = i.Issue(t.Context(), request())
+		var failed *Error
+		if !errors.As(err, &failed) || !errors.Is(err, ErrThrottled) || failed.RetryAfter != want {
+			t.Errorf("%q: %v", header, err)
+		}
 	}
 }
 

@@ -9,7 +9,6 @@ import (
 	"encoding/base64"
 	"fmt"
 	"log/slog"
-	"strings"
 	"time"
 
 	"github.com/google/uuid"
@@ -91,11 +90,9 @@ func (s *StandIn) Issue(_ context.Context, req Request) (Credentials, error) {
 		SecretAccessKey: StandInSecretPrefix + text[:40-len(StandInSecretPrefix)],
 		SessionToken:    StandInTokenPrefix + text[40:],
 		Expires:         s.cfg.Now().Add(last.duration).UTC().Truncate(time.Second),
-		// The session's ARN leaves the role's path out.
-		AssumedRoleARN: fmt.Sprintf("arn:%s:sts::%s:assumed-role/%s/%s", role.Partition, role.Account,
-			role.Resource[strings.LastIndexByte(role.Resource, '/')+1:], last.sessionName),
-		AssumedRoleID: "AROASTANDIN" + letters[20:30] + ":" + last.sessionName,
-		SessionName:   last.sessionName,
-		STSRequestIDs: ids,
+		AssumedRoleARN:  sessionARN(role, last.sessionName),
+		AssumedRoleID:   "AROASTANDIN" + letters[20:30] + ":" + last.sessionName,
+		SessionName:     last.sessionName,
+		STSRequestIDs:   ids,
 	}, nil
 }
