@@ -220,6 +220,9 @@ func (s *Server) run(ctx context.Context, dir string) (*embed.Etcd, error) {
 	c.BootstrapDefragThresholdMegabytes = defragAtStart
 	c.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zap.New(&core{log: s.cfg.Log}))
 	c.WarningApplyDuration, c.WarningUnaryRequestDuration = s.cfg.slow, s.cfg.slow
+	// There is no peer that could be behind and catch up from the log, which is held
+	// in memory; and what of it is newer than the last snapshot is read at the start.
+	c.SnapshotCount, c.SnapshotCatchUpEntries = 2000, 200
 	// Nobody logs in.
 	c.AuthToken = ""
 
