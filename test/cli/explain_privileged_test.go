@@ -311,6 +311,68 @@ func TestPrivilegedExplainOfAPodThatIsServed(t *testing.T) {
 	}
 }
 
+// What is worth knowing, and keeps no credentials from the pod, is said and is no
+// failure.
+func TestPrivilegedExplainWarns(t *testing.T) {
+	t.Run("a node that does not attest", func(t *testing.T) {
+		w := newWorld(t, rig.Config{})
+		a, err := w.LaunchAgentUnder(withoutCgroup2(w), w.Args("--attestation", "audit", "--containerd-socket", "off")...)
+		must(t, err)
+		w.agent = a
+		must(t, a.WaitReady(t.Context()))
+		p := w.named(t, "api", "api", "api")
+		p.served(t)
+		eventually(t, func() error {
+			// By its UID: only the kernel's evidence would tie a name to it.
+			r := w.latchkeyUnder(t, withoutCgroup2(w), "explain", p.uid())
+			if r.code != 0 || !strings.HasPrefix(r.lastLine(), "cause: not_attesting: this node has cgroup v1 only") {
+				return fmt.Errorf("exit status %d:\n%s%s", r.code, r.stdout, r.stderr)
+			}
+			return nil
+		})
+	})
+	t.Run("a renewal that fails", func(t *testing.T) {
+		w := newWorld(t, rig.Config{})
+		w.start(t)
+		p := w.named(t, "api", "api", "api")
+		p.served(t)
+		w.EKSAuth.Refuse()
+		if r := w.latchkey(t, "cache", "refresh", p.uid()); r.code != 0 {
+			t.Fatalf("%s%s", r.stdout, r.stderr)
+		}
+		eventually(t, func() error {
+			r := w.latchkey(t, "explain", "web/api")
+			if r.code != 0 || !strings.HasPrefix(r.lastLine(), "cause: renewal_failing: credentials are served until") || !strings.Contains(r.lastLine(), "EKS Auth is unavailable") {
+				return fmt.Errorf("exit status %d:\n%s%s", r.code, r.stdout, r.stderr)
+			}
+			return nil
+		})
+		p.served(t)
+	})
+	t.Run("two pods of one name", func(t *testing.T) {
+		w := newWorld(t, rig.Config{})
+		w.start(t)
+		for _, ns := range []string{"blue", "green"} {
+			p, err := w.AddPod(t.Context(), testnode.PodConfig{Name: "api", Namespace: ns, ServiceAccount: "api"})
+			must(t, err)
+			t.Cleanup(func() { p.Delete(context.Background()) })
+			w.Associate(ns, "api", "api")
+			a, err := rig.Ask(t.Context(), p.Place(), rig.Host4, p.Token)
+			must(t, err)
+			wantStatus(t, a, 200)
+		}
+		eventually(t, func() error {
+			if r := w.latchkey(t, "explain", "api"); r.code != 2 || !strings.Contains(r.stderr, "2 pods are called") {
+				return fmt.Errorf("exit status %d: %s", r.code, r.stderr)
+			}
+			return nil
+		})
+		if r := w.latchkey(t, "explain", "blue/api"); r.code != 0 {
+			t.Errorf("exit status %d:\n%s", r.code, r.stdout)
+		}
+	})
+}
+
 // agentLate begins a connection whose SYN is lost, starts the agent, and lets
 // the SYN come again.
 func agentLate(t *testing.T, w *world) string {

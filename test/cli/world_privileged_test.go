@@ -39,8 +39,11 @@ func run(m *testing.M) int {
 		return 1
 	}
 	defer os.RemoveAll(dir)
-	out, err := exec.Command("go", "build", "-buildvcs=false", "-ldflags", "-X main.version=v1.0.0", "-o", dir+"/",
-		"github.com/latchkey-dev/latchkey/cmd/latchkey-agent", "github.com/latchkey-dev/latchkey/cmd/latchkey").CombinedOutput()
+	args := []string{"build", "-buildvcs=false", "-ldflags", "-X main.version=v1.0.0", "-o", dir + "/"}
+	// The Makefile's: -race, or nothing.
+	args = append(args, strings.Fields(os.Getenv("RACE"))...)
+	args = append(args, "github.com/latchkey-dev/latchkey/cmd/latchkey-agent", "github.com/latchkey-dev/latchkey/cmd/latchkey")
+	out, err := exec.Command("go", args...).CombinedOutput()
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "building the programs: %v\n%s", err, out)
 		return 1
@@ -66,6 +69,11 @@ func newWorld(t *testing.T, cfg rig.Config) *world {
 	t.Cleanup(func() {
 		if w.agent != nil {
 			w.agent.Kill()
+			for _, bad := range []string{"WARNING: DATA RACE", "panic:", "fatal error:"} {
+				if log := w.agent.Log(); strings.Contains(log, bad) {
+					t.Errorf("%q in the agent's log:\n%s", bad, log)
+				}
+			}
 		}
 		if err := w.Close(); err != nil {
 			t.Error(err)
