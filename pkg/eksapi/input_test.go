@@ -144,7 +144,7 @@ func TestBadInput(t *testing.T) {
 		"other service":               {raw{path: collection, body: "{" + good + "}", service: "iam"}, 403, "InvalidSignatureException"},
 		"other region":                {raw{path: collection, body: "{" + good + "}", region: "us-east-1"}, 403, "InvalidSignatureException"},
 		"other method":                {raw{method: "GET", path: one, tamper: func(r *http.Request) { r.Method = "DELETE" }}, 403, "InvalidSignatureException"},
-		"other path":                  {raw{method: "DELETE", path: one[:len(one)-1] + "x", tamper: func(r *http.Request) { r.URL.Path = one }}, 403, "InvalidSignatureException"},
+		"other path":                  {raw{method: "DELETE", path: one + "x", tamper: func(r *http.Request) { r.URL.Path = one }}, 403, "InvalidSignatureException"},
 		"garbage":                     {raw{path: collection, header: http.Header{"Authorization": {"AWS4-HMAC-SHA256 x"}}, unsigned: true}, 403, "IncompleteSignatureException"},
 		"unsigned, exchange":          {raw{path: exchange, body: "{}", unsigned: true}, 403, "MissingAuthenticationTokenException"},
 		"for the other API, exchange": {raw{path: exchange, body: "{}", service: "eks"}, 403, "InvalidSignatureException"},

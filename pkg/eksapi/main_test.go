@@ -343,9 +343,8 @@ func (r raw) request(t testing.TB, url string) *http.Request {
 		req.Header[k] = v
 	}
 	if !r.unsigned {
-		sum := sha256.Sum256([]byte(r.body))
 		credentials := aws.Credentials{AccessKeyID: r.user, SecretAccessKey: r.secret}
-		if err := v4.NewSigner().SignHTTP(t.Context(), credentials, req, hex.EncodeToString(sum[:]), r.service, r.region, r.at); err != nil {
+		if err := v4.NewSigner().SignHTTP(t.Context(), credentials, req, sum(r.body), r.service, r.region, r.at); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -436,4 +435,9 @@ type brokenKeys struct{}
 
 func (brokenKeys) Lookup(context.Context, string, string) (sigv4.Key, error) {
 	return sigv4.Key{}, errors.New("the store of keys is away, with a secret in it")
+}
+
+func sum(body string) string {
+	s := sha256.Sum256([]byte(body))
+	return hex.EncodeToString(s[:])
 }
