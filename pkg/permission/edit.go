@@ -12,6 +12,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"syscall"
 
 	"go.yaml.in/yaml/v3"
 	"golang.org/x/sys/unix"
@@ -183,8 +184,13 @@ func edit(path string, change func(doc, users *yaml.Node) error) error {
 // replace writes a new file in the old one's place, on disk before it is there.
 func replace(path string, b []byte) error {
 	mode := fs.FileMode(0o600)
+	uid, gid := -1, -1
 	if info, err := os.Stat(path); err == nil {
 		mode = info.Mode().Perm()
+		// A server that runs as somebody else must still be able to read it.
+		if st, ok := info.Sys().(*syscall.Stat_t); ok && (int(st.Uid) != os.Geteuid() || int(st.Gid) != os.Getegid()) {
+			uid, gid = int(st.Uid), int(st.Gid)
+		}
 	}
 	f, err := os.CreateTemp(filepath.Dir(path), ".users-*")
 	if err != nil {
@@ -192,6 +198,9 @@ func replace(path string, b []byte) error {
 	}
 	defer os.Remove(f.Name())
 	_, err = f.Write(b)
+	if uid >= 0 {
+		err = errors.Join(err, f.Chown(uid, gid))
+	}
 	err = errors.Join(err, f.Chmod(mode), f.Sync(), f.Close())
 	if err == nil {
 		err = os.Rename(f.Name(), path)

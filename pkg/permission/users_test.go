@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -406,4 +407,52 @@ func FuzzParse(f *testing.F) {
 			}
 		}
 	})
+}
+
+// Who edits the file as root must not take it from the server.
+func TestEditKeepsOwnerAndMode(t *testing.T) {
+	path := usersFile(t)
+	before, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := *before.Sys().(*syscall.Stat_t)
+	if os.Geteuid() == 0 {
+		if err := os.Chown(path, 12345, 12346); err != nil {
+			t.Fatal(err)
+		}
+		want.Uid, want.Gid = 12345, 12346
+	}
+	if err := os.Chmod(path, 0o640); err != nil {
+		t.Fatal(err)
+	}
+	if err := permission.Remove(path, "ops"); err != nil {
+		t.Fatal(err)
+	}
+	after, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := after.Sys().(*syscall.Stat_t)
+	if got.Uid != want.Uid || got.Gid != want.Gid || after.Mode().Perm() != 0o640 {
+		t.Errorf("owner %d:%d, mode %v; want %d:%d", got.Uid, got.Gid, after.Mode(), want.Uid, want.Gid)
+	}
+}
+
+// A symbolic link, as Kubernetes mounts files, is followed and not replaced.
+func TestEditFollowsLinks(t *testing.T) {
+	path := usersFile(t)
+	link := filepath.Join(t.TempDir(), "users.yaml")
+	if err := os.Symlink(path, link); err != nil {
+		t.Fatal(err)
+	}
+	if err := permission.Remove(link, "ops"); err != nil {
+		t.Fatal(err)
+	}
+	if info, err := os.Lstat(link); err != nil || info.Mode()&fs.ModeSymlink == 0 {
+		t.Errorf("the link is gone: %v, %v", info, err)
+	}
+	if users, err := permission.List(path); err != nil || len(users) != 2 {
+		t.Errorf("%d users, %v", len(users), err)
+	}
 }
