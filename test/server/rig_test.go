@@ -249,7 +249,7 @@ func (s *server) cli(args ...string) string {
 	s.t.Helper()
 	r := s.try("", args...)
 	if r.code != 0 {
-		s.t.Fatalf("latchkey-server %s: exit %d: %s", strings.Join(args, " "), r.code, r.stderr)
+		s.t.Fatalf("latchkey-server %s: exit %d: %s%s", strings.Join(args, " "), r.code, r.stdout, r.stderr)
 	}
 	return r.stdout
 }
