@@ -291,6 +291,7 @@ func TestDependenciesInTheirPlace(t *testing.T) {
 		"github.com/spf13/cobra":        {"cmd/", "pkg/commandline", "test/cluster/"},
 		"github.com/go-jose/":           {"pkg/satoken", "test/"},
 		"k8s.io/":                       {"pkg/association", "pkg/tokencheck", "pkg/webhook", "pkg/addon", "pkg/server", "test/", "cmd/latchkey-server"},
+		"helm.sh/":                      {"test/chart"},
 		"github.com/sirupsen/logrus":    nil,
 		"github.com/stretchr/testify":   nil,
 		"github.com/pkg/errors":         nil,
