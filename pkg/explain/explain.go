@@ -135,8 +135,8 @@ const (
 
 // Step is one part of the way from a process to its credentials.
 type Step struct {
-	// Name is one of agent, kernel, address, process, cgroup, pod, hooks,
-	// connection, token, verdict, association, role, credentials.
+	// Name is one of agent, kernel, clock, process, cgroup, pod, address, hooks,
+	// reach, connection, token, verdict, association, role, credentials.
 	Name  string `json:"name"`
 	State State  `json:"state"`
 	// Text says what was found.

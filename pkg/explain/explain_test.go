@@ -112,12 +112,16 @@ func TestExplain(t *testing.T) {
 		"not served": {func(in *Input) {
 			in.Facts.Status.Listeners[0] = adminapi.Listener{Address: "169.254.170.23:80", Error: "in use"}
 		}, NotServing, "address", "does not serve 169.254.170.23:80"},
-		"unreachable": {func(in *Input) { in.Reach[0] = Reach{Address: "169.254.170.23:80", Error: "no route to host"} }, Unreachable, "address", "no route to host"},
+		"unreachable": {func(in *Input) { in.Reach[0] = Reach{Address: "169.254.170.23:80", Error: "no route to host"} }, Unreachable, "reach", "no route to host"},
 		"detached":    {func(in *Input) { in.Hooks[0].Programs = nil }, NotAttached, "hooks", "not attached any more"},
 		"shadowed": {func(in *Input) {
 			*in = unserved()
 			in.Hooks[0].Programs = append([]Program{{ID: 9, Name: "cil_sock4_conne", Cgroup: "/"}}, in.Hooks[0].Programs...)
 		}, Shadowed, "hooks", "cil_sock4_conne (id 9, at cgroup /) runs before"},
+		"shadowed for all": {func(in *Input) {
+			in.Hooks[0].Programs = append(in.Hooks[0].Programs, Program{ID: 9, Name: "x"})
+			in.Reach[0] = Reach{Address: "169.254.170.23:80", Error: "connection refused"}
+		}, Shadowed, "hooks", "fails: connection refused"},
 		"harmless company": {func(in *Input) { in.Hooks[0].Programs = append(in.Hooks[0].Programs, Program{ID: 9, Name: "sd_fw"}) }, None, "", "served"},
 		"a good probe": {func(in *Input) {
 			*in = unserved()

@@ -26,7 +26,7 @@ const (
 )
 
 // The ways of a step's name.
-var order = []string{"agent", "kernel", "clock", "process", "cgroup", "pod", "address", "hooks", "connection", "token", "verdict", "association", "role", "credentials"}
+var order = []string{"agent", "kernel", "clock", "process", "cgroup", "pod", "address", "hooks", "reach", "connection", "token", "verdict", "association", "role", "credentials"}
 
 // walk goes from step to step, and stops at the first that failed.
 type walk struct {
@@ -63,6 +63,7 @@ func Explain(in Input) Explanation {
 		w.pod()
 		w.address()
 		w.hooks()
+		w.reach()
 		w.connection()
 		w.token()
 		w.verdict()
@@ -376,18 +377,7 @@ func (w *walk) address() {
 			w.fail("address", l.Address+" is not served: "+l.Error, "the agent's listeners", time.Time{}, c)
 		}
 	}
-	for _, r := range w.in.Reach {
-		if hostOf(r.Address) == w.host && r.Status == 0 {
-			w.fail("address", r.Address+" cannot be reached from the pod's network namespace: "+r.Error, "a connection from there", time.Time{},
-				Cause{Unreachable, "pods cannot reach " + r.Address + ": " + r.Error,
-					[]string{"look for what drops or reroutes it: ip route get " + w.host + " from the pod, nft list ruleset, network policies, the CNI's own routes"}})
-		}
-	}
-	text := w.host + " is on the node and served"
-	if len(w.in.Reach) > 0 {
-		text += ", and reached from the pod's network namespace"
-	}
-	w.add(OK, "address", text, "netlink, the agent's listeners", time.Time{})
+	w.add(OK, "address", w.host+" is on the node and served", "netlink, the agent's listeners", time.Time{})
 }
 
 func hostOf(address string) string {
@@ -459,12 +449,15 @@ func (w *walk) hooks() {
 		return
 	}
 	probed := w.in.Probe != nil && w.in.Probe.Attested != "" && (w.f.Pod == nil || w.in.Probe.Attested != w.f.Pod.UID)
-	suspicious := len(foreign) > 0 && (probed || w.in.Probe == nil && (!w.seen() && w.proxy == nil || w.reason() == evidence.ReasonNoEvidence))
+	unreached := w.unreached()
+	suspicious := len(foreign) > 0 && (probed || unreached != "" || w.in.Probe == nil && (!w.seen() && w.proxy == nil || w.reason() == evidence.ReasonNoEvidence))
 	switch {
 	case suspicious:
 		text := "hook shadowed: " + foreign[0] + ", and no connection of this pod has reached the agent"
 		if probed {
 			text = "hook shadowed: " + foreign[0] + ", and a connection tried from the pod did not reach the agent as the pod's"
+		} else if unreached != "" {
+			text = "hook shadowed: " + foreign[0] + ", and a connection from the pod's network namespace fails: " + unreached
 		} else if w.reason() == evidence.ReasonNoEvidence {
 			text = "hook shadowed: " + foreign[0] + ", and the pod's connection had no evidence"
 		}
@@ -475,6 +468,32 @@ func (w *walk) hooks() {
 	default:
 		w.add(OK, "hooks", "Latchkey's programs alone see this pod connect", "BPF_PROG_QUERY", time.Time{})
 	}
+}
+
+// unreached is why the address that the pod uses was not reached from its
+// network namespace; empty if it was, or was not tried.
+func (w *walk) unreached() string {
+	for _, r := range w.in.Reach {
+		if hostOf(r.Address) == w.host && r.Status == 0 {
+			return r.Error
+		}
+	}
+	return ""
+}
+
+// reach comes behind the hooks: a program of another's explains more than what
+// became of a connection.
+func (w *walk) reach() {
+	if w.cause != nil || w.f.Pod == nil || len(w.in.Reach) == 0 {
+		return
+	}
+	if why := w.unreached(); why != "" {
+		w.fail("reach", w.host+" cannot be reached from the pod's network namespace: "+why, "a connection from there", time.Time{},
+			Cause{Unreachable, "pods cannot reach " + w.host + ": " + why,
+				[]string{"look for what drops or reroutes it: ip route get " + w.host + " from the pod, nft list ruleset, network policies, the CNI's own routes"}})
+		return
+	}
+	w.add(OK, "reach", w.host+" answers in the pod's network namespace", "a connection from there", time.Time{})
 }
 
 func (w *walk) connection() {
