@@ -73,7 +73,8 @@ type Config struct {
 	// owner may enter it.
 	Dir string
 	// QuotaBytes bounds the database; 0: DefaultQuotaBytes. Beyond it writes are
-	// refused, see Status.NoSpace.
+	// refused, see Status.NoSpace, until what nobody needs any more was given up: the
+	// server tries that by itself.
 	QuotaBytes int64
 	// Retention is how long old revisions are kept; 0: DefaultRetention.
 	Retention time.Duration
@@ -81,8 +82,9 @@ type Config struct {
 	// does.
 	Log *slog.Logger
 
-	// slow is what takes so long that etcd warns of it; tests set it.
-	slow time.Duration
+	// slow is what takes so long that etcd warns of it, check how often the quota is
+	// looked after; tests set them.
+	slow, check time.Duration
 }
 
 // Server is a running etcd.
@@ -93,9 +95,13 @@ type Server struct {
 	lock   *os.File
 	failed chan struct{}
 
-	mu      sync.Mutex
-	err     error
-	closing bool
+	mu  sync.Mutex
+	err error
+	// life ends when Close begins. What touches the database holds using meanwhile:
+	// etcd ends the process if it is asked for a snapshot of a closed one.
+	life  context.Context
+	end   context.CancelFunc
+	using sync.RWMutex
 
 	closeOnce sync.Once
 	watcher   sync.WaitGroup
@@ -120,12 +126,17 @@ func Start(ctx context.Context, cfg Config) (*Server, error) {
 		// A machine with a slow disk is not news at every write.
 		cfg.slow = time.Second
 	}
+	if cfg.check == 0 {
+		cfg.check = 10 * time.Second
+	}
 	lock, err := claim(cfg.Dir)
 	if err != nil {
 		return nil, err
 	}
 	s := &Server{cfg: cfg, lock: lock, failed: make(chan struct{})}
+	s.life, s.end = context.WithCancel(context.Background())
 	if err := s.start(ctx); err != nil {
+		s.end()
 		return nil, errors.Join(err, lock.Close())
 	}
 	return s, nil
@@ -149,6 +160,7 @@ func (s *Server) start(ctx context.Context) error {
 	s.client = v3client.New(e.Server)
 	s.client.Maintenance = maintenance{s.client.Maintenance, s}
 	s.watcher.Go(s.watch)
+	s.watcher.Go(s.keepRoom)
 	return nil
 }
 
@@ -248,10 +260,11 @@ func (s *Server) watch() {
 	select {
 	case <-s.etcd.Server.StopNotify():
 	case err = <-s.etcd.Err():
+	case <-s.life.Done():
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.closing {
+	if s.life.Err() != nil {
 		return
 	}
 	s.err = ErrStopped
@@ -283,20 +296,42 @@ func (s *Server) Close() error {
 	var err error
 	s.closeOnce.Do(func() {
 		s.mu.Lock()
-		s.closing = true
+		s.end()
 		s.mu.Unlock()
-		// A client that was closed first would leave watches hanging in the server.
+		s.watcher.Wait()
+		s.using.Lock()
+		defer s.using.Unlock()
+		// First those who call, so that the server has nobody to wait for.
 		if cerr := s.client.Close(); cerr != nil && !errors.Is(cerr, context.Canceled) {
 			err = fmt.Errorf("etcd: close the client: %w", cerr)
 		}
 		s.etcd.Close()
-		s.watcher.Wait()
 		// Closing the file gives up the lock.
 		if cerr := s.lock.Close(); cerr != nil {
 			err = errors.Join(err, fmt.Errorf("etcd: lock file: %w", cerr))
 		}
 	})
 	return err
+}
+
+// use keeps the server from being closed until done is called. The context ends
+// when Close begins.
+func (s *Server) use(ctx context.Context) (_ context.Context, done func(), err error) {
+	s.using.RLock()
+	if err := s.Err(); err != nil || s.life.Err() != nil {
+		s.using.RUnlock()
+		if err == nil {
+			err = ErrStopped
+		}
+		return nil, nil, err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	stop := context.AfterFunc(s.life, cancel)
+	return ctx, func() {
+		stop()
+		cancel()
+		s.using.RUnlock()
+	}, nil
 }
 
 // Status is what a doctor wants to know.
@@ -315,9 +350,15 @@ type Status struct {
 
 // Status asks the server how it is.
 func (s *Server) Status(ctx context.Context) (Status, error) {
-	if err := s.Err(); err != nil {
+	ctx, done, err := s.use(ctx)
+	if err != nil {
 		return Status{}, err
 	}
+	defer done()
+	return s.status(ctx)
+}
+
+func (s *Server) status(ctx context.Context) (Status, error) {
 	r, err := s.client.Maintenance.Status(ctx, "")
 	if err != nil {
 		return Status{}, fmt.Errorf("etcd: status: %w", err)
@@ -332,7 +373,16 @@ func (s *Server) Status(ctx context.Context) (Status, error) {
 
 // Defrag gives free space back to the file system. Everybody waits meanwhile:
 // some seconds for each GiB.
-func (s *Server) Defrag(context.Context) error {
+func (s *Server) Defrag(ctx context.Context) error {
+	_, done, err := s.use(ctx)
+	if err != nil {
+		return err
+	}
+	defer done()
+	return s.defrag()
+}
+
+func (s *Server) defrag() error {
 	if err := s.etcd.Server.Defragment(); err != nil {
 		return fmt.Errorf("etcd: defragment: %w", err)
 	}
@@ -343,17 +393,22 @@ func (s *Server) Defrag(context.Context) error {
 // revisions, defragments, and, if that made room, allows writes again. It
 // reports whether they are allowed now.
 func (s *Server) Recover(ctx context.Context) (bool, error) {
-	st, err := s.Status(ctx)
+	ctx, done, err := s.use(ctx)
+	if err != nil {
+		return false, err
+	}
+	defer done()
+	st, err := s.status(ctx)
 	if err != nil || !st.NoSpace {
 		return err == nil, err
 	}
 	if _, err := s.client.Compact(ctx, st.Revision, clientv3.WithCompactPhysical()); err != nil && !compacted(err) {
 		return false, fmt.Errorf("etcd: compact: %w", err)
 	}
-	if err := s.Defrag(ctx); err != nil {
+	if err := s.defrag(); err != nil {
 		return false, err
 	}
-	if st, err = s.Status(ctx); err != nil {
+	if st, err = s.status(ctx); err != nil {
 		return false, err
 	}
 	// With less room the next write would raise the alarm again.
@@ -365,6 +420,36 @@ func (s *Server) Recover(ctx context.Context) (bool, error) {
 	}
 	s.cfg.Log.Warn("store has room again", "size_bytes", st.SizeBytes, "quota_bytes", st.QuotaBytes)
 	return true, nil
+}
+
+const maxCheck = 10 * time.Minute
+
+// keepRoom notices that the quota was reached, says so, and makes room if there
+// is something to give up: old revisions, and the file's free pages, which count.
+func (s *Server) keepRoom() {
+	every := s.cfg.check
+	t := time.NewTimer(every)
+	defer t.Stop()
+	for {
+		select {
+		case <-t.C:
+		case <-s.failed:
+			return
+		case <-s.life.Done():
+			return
+		}
+		next := s.cfg.check
+		if st, err := s.Status(s.life); err == nil && st.NoSpace {
+			s.cfg.Log.Error("store is full: writes are refused", "size_bytes", st.SizeBytes, "in_use_bytes", st.InUseBytes, "quota_bytes", st.QuotaBytes)
+			if ok, err := s.Recover(s.life); err != nil || !ok {
+				// Everybody waits while it tries, so not too often.
+				next = min(2*every, maxCheck)
+				s.cfg.Log.Error("store stays full: raise the quota, or delete", "error", err, "retry_seconds", next.Seconds())
+			}
+		}
+		every = next
+		t.Reset(every)
+	}
 }
 
 // maintenance replaces the calls that the in-process client cannot make: etcd

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"net"
@@ -200,6 +201,22 @@ func TestOneProcessOnly(t *testing.T) {
 	}
 	if s.Err() != nil {
 		t.Errorf("closed, and that is a failure: %v", s.Err())
+	}
+	// Whoever comes late is told, and brings nothing down.
+	if _, err := s.Status(t.Context()); !errors.Is(err, ErrStopped) {
+		t.Error(err)
+	}
+	if _, err := s.Save(t.Context(), io.Discard); !errors.Is(err, ErrStopped) {
+		t.Error(err)
+	}
+	if _, err := s.Recover(t.Context()); !errors.Is(err, ErrStopped) {
+		t.Error(err)
+	}
+	if err := s.Defrag(t.Context()); !errors.Is(err, ErrStopped) {
+		t.Error(err)
+	}
+	if _, err := s.Client().Get(t.Context(), "a"); err == nil {
+		t.Error("a closed server answers")
 	}
 	// What was written is there, also leases; and revisions go on.
 	again := start(t, Config{Dir: dir})
@@ -401,13 +418,54 @@ func TestDamagedSnapshot(t *testing.T) {
 	put(t, s.Client(), "a", "c")
 }
 
+// A snapshot that is being written when the server closes ends with an error,
+// and neither holds the server up nor brings the process down.
+func TestCloseWhileSaving(t *testing.T) {
+	s := start(t, Config{Dir: t.TempDir()})
+	for i := range 40 {
+		put(t, s.Client(), fmt.Sprint("key-", i), strings.Repeat("v", 100<<10))
+	}
+	var st Status
+	for deadline := time.Now().Add(patience); st.SizeBytes < 3<<20; time.Sleep(5 * time.Millisecond) {
+		var err error
+		if st, err = s.Status(t.Context()); err != nil || time.Now().After(deadline) {
+			t.Fatal(st, err)
+		}
+	}
+	r, w := io.Pipe()
+	saved := make(chan error, 1)
+	go func() {
+		_, err := s.Save(t.Context(), w)
+		saved <- err
+	}()
+	if _, err := io.ReadFull(r, make([]byte, 4096)); err != nil {
+		t.Fatal(err)
+	}
+	closed := make(chan error, 1)
+	go func() { closed <- s.Close() }()
+	<-s.life.Done()
+	// The reader goes away, as one on a connection does that is closed.
+	r.Close()
+	if err := <-saved; err == nil {
+		t.Error("half a snapshot is none")
+	}
+	select {
+	case err := <-closed:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(patience):
+		t.Fatal("Close does not return")
+	}
+}
+
 type failing struct{}
 
 func (failing) Write([]byte) (int, error) { return 0, errors.New("disk full") }
 
 func TestQuota(t *testing.T) {
 	var log lockedBuffer
-	s := start(t, Config{Dir: t.TempDir(), QuotaBytes: 8 << 20, Log: slog.New(slog.NewTextHandler(&log, nil))})
+	s := start(t, Config{Dir: t.TempDir(), QuotaBytes: 8 << 20, check: time.Hour, Log: slog.New(slog.NewTextHandler(&log, nil))})
 	c := s.Client()
 	big := strings.Repeat("x", 512<<10)
 	var err error
@@ -442,8 +500,33 @@ func TestQuota(t *testing.T) {
 	if ok, err := s.Recover(t.Context()); err != nil || !ok {
 		t.Errorf("recover what needs none: %v, %v", ok, err)
 	}
-	if !strings.Contains(log.String(), "component=etcd") {
-		t.Error("etcd's warnings did not come through")
+	if !strings.Contains(log.String(), "store has room again") {
+		t.Errorf("the log says: %s", log.String())
+	}
+}
+
+// It is also done without being asked, when what fills the store is history.
+func TestKeepsRoom(t *testing.T) {
+	var log lockedBuffer
+	s := start(t, Config{Dir: t.TempDir(), QuotaBytes: 4 << 20, check: 10 * time.Millisecond, Log: slog.New(slog.NewTextHandler(&log, nil))})
+	big := strings.Repeat("x", 512<<10)
+	full := false
+	for deadline := time.Now().Add(patience); !full || !strings.Contains(log.String(), "store has room again"); {
+		if time.Now().After(deadline) {
+			t.Fatalf("full %v; the log says: %s", full, log.String())
+		}
+		if full {
+			time.Sleep(5 * time.Millisecond)
+			continue
+		}
+		_, err := s.Client().Put(t.Context(), "big", big)
+		if full = errors.Is(err, rpctypes.ErrNoSpace); err != nil && !full {
+			t.Fatal(err)
+		}
+	}
+	put(t, s.Client(), "small", "x")
+	if !strings.Contains(log.String(), "store is full") {
+		t.Errorf("the log says: %s", log.String())
 	}
 }
 

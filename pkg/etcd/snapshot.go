@@ -60,8 +60,16 @@ func Save(ctx context.Context, c *clientv3.Client, w io.Writer) (int64, error) {
 	return n, nil
 }
 
-// Save writes a snapshot of this server to w.
-func (s *Server) Save(ctx context.Context, w io.Writer) (int64, error) { return Save(ctx, s.client, w) }
+// Save writes a snapshot of this server to w. Close waits for a write to w that
+// is under way.
+func (s *Server) Save(ctx context.Context, w io.Writer) (int64, error) {
+	ctx, done, err := s.use(ctx)
+	if err != nil {
+		return 0, err
+	}
+	defer done()
+	return Save(ctx, s.client, w)
+}
 
 // Verify reads a snapshot file and tells what is in it. It is ErrBadSnapshot if
 // one bit is not as it was saved.
