@@ -6,6 +6,7 @@ import (
 	"errors"
 
 	"github.com/latchkey-dev/latchkey/pkg/evidence"
+	"github.com/latchkey-dev/latchkey/pkg/satoken"
 )
 
 // One sentinel per decision, for errors.Is. Every error of Check is an *Error
@@ -51,11 +52,15 @@ func (e *Error) Message() string { return e.message }
 
 // Error is the text for the log.
 func (e *Error) Error() string {
-	text := e.sentinel.Error() + ": " + string(e.reason)
-	if e.cause != nil {
-		text += ": " + e.cause.Error()
+	text := e.sentinel.Error() + ": "
+	var token *satoken.Error
+	switch {
+	case e.cause == nil:
+		return text + string(e.reason)
+	case errors.As(e.cause, &token): // it begins with the reason itself
+		return text + e.cause.Error()
 	}
-	return text
+	return text + string(e.reason) + ": " + e.cause.Error()
 }
 
 // Unwrap gives the cause, which is for the log only.

@@ -83,6 +83,9 @@ func TestCheckRefuses(t *testing.T) {
 					t.Errorf("%s: is %v", name, kind)
 				}
 			}
+			if strings.Count(err.Error(), string(c.reason)) != 1 {
+				t.Errorf("%s: %v", name, err)
+			}
 			for part := range strings.SplitSeq(c.token, ".") {
 				if len(part) > 8 && strings.Contains(err.Error()+refused.Message(), part[:9]) {
 					t.Errorf("%s: the error quotes the token: %v", name, err)
