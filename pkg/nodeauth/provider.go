@@ -202,7 +202,7 @@ func (p *Provider) Retrieve(ctx context.Context) (aws.Credentials, error) {
 	p.mu.Lock()
 	now := p.cfg.Now()
 	if p.current != nil && !now.Before(p.current.Expires.Add(-unusable)) {
-		p.current = nil
+		p.forget()
 	}
 	current := p.current
 	if (current == nil || !now.Before(current.renew)) && p.flight == nil && !now.Before(p.notBefore) {
@@ -234,7 +234,15 @@ func (p *Provider) Retrieve(ctx context.Context) (aws.Credentials, error) {
 func (p *Provider) Invalidate() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.current = nil
+	p.forget()
+}
+
+// forget drops the credentials. From now on somebody waits, so a pause that was
+// meant for a renewal ends. p.mu is held.
+func (p *Provider) forget() {
+	if p.current != nil {
+		p.current, p.notBefore = nil, time.Time{}
+	}
 }
 
 // run does one fetch and publishes what came of it.

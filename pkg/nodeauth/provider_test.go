@@ -384,6 +384,30 @@ func TestOneFetchForAll(t *testing.T) {
 	}
 }
 
+// A renewal that has just failed does not delay the fetch that somebody needs.
+func TestNeededAtOnce(t *testing.T) {
+	for name, lose := range map[string]func(r *rig){
+		"expired":     func(r *rig) { r.add(time.Second) },
+		"invalidated": func(r *rig) { r.Invalidate() },
+	} {
+		r := start(t)
+		if _, err := r.retrieve(t); err != nil {
+			t.Fatal(err)
+		}
+		r.server.set(func() { r.server.answer = refusing(503, "ServiceUnavailableException") })
+		r.add(time.Hour - unusable - time.Second)
+		if _, err := r.retrieve(t); err != nil {
+			t.Fatal(err)
+		}
+		r.settle(t)
+		r.server.set(func() { r.server.answer = nil })
+		lose(r)
+		if id, err := r.retrieve(t); err != nil || id == "LKNODE1" {
+			t.Errorf("%s: %s, %v", name, id, err)
+		}
+	}
+}
+
 func TestInvalidate(t *testing.T) {
 	r := start(t)
 	if _, err := r.retrieve(t); err != nil {
