@@ -225,6 +225,18 @@ func (c *cli) cacheVerb() *cobra.Command {
 				}
 				return nil
 			},
+			ValidArgsFunction: func(cmd *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
+				s, err := c.agent().Cache(cmd.Context())
+				if err != nil || len(args) > 0 {
+					return nil, cobra.ShellCompDirectiveNoFileComp
+				}
+				var out []string
+				for _, e := range s.Entries {
+					out = append(out, e.Namespace+"/"+e.ServiceAccount)
+				}
+				slices.Sort(out)
+				return slices.Compact(out), cobra.ShellCompDirectiveNoFileComp
+			},
 			RunE: func(cmd *cobra.Command, args []string) error {
 				change, err := do(cmd.Context(), args[0])
 				if err != nil {

@@ -7,6 +7,7 @@ import (
 	"regexp"
 	"slices"
 	"strconv"
+	"strings"
 
 	"github.com/latchkey-dev/latchkey/pkg/adminapi"
 	"github.com/latchkey-dev/latchkey/pkg/audit"
@@ -76,6 +77,8 @@ var answered = regexp.MustCompile(`EKS Auth answered (\d+) \[([^\]]*)\]: \(([^)]
 
 // upstreamErrorText takes an error apart that was kept as its text.
 func upstreamErrorText(reason, text string) *adminapi.UpstreamError {
+	// What the endpoint puts before a failure without an answer says nothing.
+	text = strings.TrimPrefix(text, "upstream answered 0 []: (): : ")
 	out := &adminapi.UpstreamError{Reason: reason, Message: text}
 	if m := answered.FindStringSubmatch(text); m != nil {
 		out.Status, _ = strconv.Atoi(m[1])

@@ -32,6 +32,10 @@ func TestUpstreamErrorsAreTakenApart(t *testing.T) {
 			t.Errorf("%s: %+v from %q", name, u, err)
 		}
 	}
+	gone := clientError(&credcache.UpstreamError{Reason: evidence.ReasonUpstreamUnavailable, Err: errors.New("dial tcp: refused")})
+	if u := upstreamErrorText("upstream_unavailable", gone.Error()); u.Status != 0 || u.Message != "dial tcp: refused" {
+		t.Errorf("%+v from %q", u, gone)
+	}
 	if u := upstreamErrorText("upstream_unavailable", "dial tcp: refused"); u.Status != 0 || u.Message != "dial tcp: refused" {
 		t.Errorf("%+v", u)
 	}
@@ -71,6 +75,34 @@ func TestEndedPodsAreRemembered(t *testing.T) {
 	}
 	if _, ok := s.findEnded(func(e *endedPod) bool { return e.uid == "pod-7" }); ok {
 		t.Error("the oldest should have gone")
+	}
+}
+
+type fakeNames map[evidence.PodUID]pods.Metadata
+
+func (f fakeNames) Metadata(uid evidence.PodUID) (pods.Metadata, bool) {
+	m, ok := f[uid]
+	return m, ok
+}
+
+// The container runtime's names are shown until the pod's own token tells, and
+// what the pod asked for besides credentials is no verdict.
+func TestPodsAreNamedByTheRuntimeUntilTheyAsk(t *testing.T) {
+	t.Parallel()
+	a := &Agent{observer: &observer{pods: map[evidence.PodUID]lastVerdict{}}}
+	a.admin.names = fakeNames{"u": {UID: "u", Name: "from-runtime", Namespace: "web", Containers: []pods.Container{{Name: "main"}, {Name: "sidecar"}}}}
+	p := a.describe("u", "/kubepods/podu", "burstable", nil)
+	if p.Name != "from-runtime" || p.Namespace != "web" || p.ServiceAccount != "" || len(p.Containers) != 2 || p.Credentials != "none" || p.Verdict != "" {
+		t.Errorf("%+v", p)
+	}
+	a.observer.pods["u"] = lastVerdict{Reason: evidence.ReasonPodMismatch, Status: 403, Token: evidence.Token{
+		Subject: evidence.Subject{PodUID: "u", Namespace: "web", ServiceAccount: "api"}, PodName: "from-token"}}
+	p = a.describe("u", "", "", nil)
+	if p.Name != "from-token" || p.ServiceAccount != "api" || p.Verdict != "refused 403 pod_mismatch" {
+		t.Errorf("%+v", p)
+	}
+	if p = a.describe("unknown", "", "", nil); p.Name != "" || p.Namespace != "" {
+		t.Errorf("%+v", p)
 	}
 }
 

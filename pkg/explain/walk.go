@@ -803,7 +803,7 @@ func (w *walk) upstreamCause(u *adminapi.UpstreamError) Cause {
 	case evidence.ReasonUpstreamInvalid:
 		return Cause{UpstreamInvalid, "EKS Auth's answer cannot be used: " + u.Message, []string{"see who really answers at " + w.f.Status.Upstream.Endpoint + ": a proxy?"}}
 	case evidence.ReasonUpstreamUnavailable:
-		return Cause{UpstreamDown, "EKS Auth is unavailable at " + w.f.Status.Upstream.Endpoint + ": " + u.Message, []string{"see that the node reaches it: latchkey doctor; proxy, VPC endpoint, security group, DNS"}}
+		return Cause{UpstreamDown, "EKS Auth is unavailable at " + w.f.Status.Upstream.Endpoint + ": " + strings.TrimPrefix(u.Message, "EKS Auth is unavailable: "), []string{"see that the node reaches it: latchkey doctor; proxy, VPC endpoint, security group, DNS"}}
 	}
 	return Cause{OtherRefusal, "refused: " + u.Reason + " " + u.Message, []string{"see the agent's log"}}
 }

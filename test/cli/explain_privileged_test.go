@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -240,6 +241,8 @@ func brokenSetups() []broken {
 func TestPrivilegedExplainNamesTheCause(t *testing.T) {
 	shared := newWorld(t, rig.Config{})
 	shared.start(t)
+	lines := map[string]string{}
+	defer func() { recordCauses(t, lines) }()
 	for _, tt := range brokenSetups() {
 		t.Run(tt.name, func(t *testing.T) {
 			w := shared
@@ -261,6 +264,8 @@ func TestPrivilegedExplainNamesTheCause(t *testing.T) {
 				if !strings.Contains(r.stdout, "FAILED") || !strings.Contains(r.stdout, "\ndo: ") {
 					return fmt.Errorf("no step failed, or nothing to do:\n%s", r.stdout)
 				}
+				root := strings.TrimPrefix(w.Node.CgroupRoot(), w.Node.Cgroup2Mount())
+				lines[tt.name] = strings.NewReplacer(root+"/", "/", root, "/", w.KeyFile(), "/etc/latchkey/jwks.json").Replace(last)
 				return nil
 			})
 			eventually(t, func() error {
@@ -272,6 +277,43 @@ func TestPrivilegedExplainNamesTheCause(t *testing.T) {
 				return nil
 			})
 		})
+	}
+}
+
+// causesFile is what was said of each set-up.
+const causesFile = "../../docs/cli-causes.md"
+
+// recordCauses writes the last lines with LATCHKEY_RECORD=1, and else demands
+// that the document lists each set-up with its code.
+func recordCauses(t *testing.T, lines map[string]string) {
+	t.Helper()
+	var doc strings.Builder
+	doc.WriteString("# What explain names\n\n" +
+		"Each of these was broken for real, on a node with a real agent, by a test (`TestPrivilegedExplainNamesTheCause`), and this is the\n" +
+		"last line that `latchkey explain` printed. The word behind `cause:` is for scripts, and does not change; exit status 4.\n\n" +
+		"| broken | last line |\n|---|---|\n")
+	if len(lines) < len(brokenSetups()) {
+		return // some were left out by -run, or have failed
+	}
+	var rows []string
+	for _, b := range brokenSetups() {
+		row := "| " + b.name + " | `" + strings.ReplaceAll(lines[b.name], "|", "/") + "` |\n"
+		rows = append(rows, row)
+		doc.WriteString(row)
+	}
+	if os.Getenv("LATCHKEY_RECORD") != "" {
+		must(t, os.WriteFile(causesFile, []byte(doc.String()), 0o644))
+		return
+	}
+	text, err := os.ReadFile(causesFile)
+	must(t, err)
+	for i, b := range brokenSetups() {
+		if !strings.Contains(string(text), "| "+b.name+" | `cause: "+string(b.code)+": ") {
+			t.Errorf("docs/cli-causes.md is not current (LATCHKEY_RECORD=1 writes it anew): no %s", rows[i])
+		}
+	}
+	if n := strings.Count(string(text), "`cause: "); n != len(rows) {
+		t.Errorf("docs/cli-causes.md has %d rows, want %d", n, len(rows))
 	}
 }
 

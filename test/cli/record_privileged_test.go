@@ -33,6 +33,7 @@ func script(b *busy) []shown {
 		{"explain", "Of a pod that is served:", "latchkey explain web/api-5c9f7d-x2x1p", []string{"explain", "web/api-5c9f7d-x2x1p"}, 0},
 		{"", "Of one that is not. The last line names the cause, and the exit status is 4:", "latchkey explain web/batch-0", []string{"explain", "web/batch-0"}, 4},
 		{"", "Of a thief, by one of its processes:", "latchkey explain $PID", []string{"explain", strconv.Itoa(b.thief.app.PID())}, 4},
+		{"", "With `--probe` a connection is tried from within the pod too:", "latchkey explain --probe web/api-5c9f7d-x2x1p", []string{"explain", "--probe", "web/api-5c9f7d-x2x1p"}, 0},
 		{"whois", "", "latchkey whois $PID", []string{"whois", strconv.Itoa(b.api.app.PID())}, 0},
 		{"denials", "", "latchkey denials", []string{"denials"}, 0},
 		{"cache", "", "latchkey cache", []string{"cache"}, 0},
@@ -44,6 +45,7 @@ func script(b *busy) []shown {
 		{"log-level", "", "latchkey log-level", []string{"log-level"}, 0},
 		{"", "", "latchkey log-level cache debug", []string{"log-level", "cache", "debug"}, 0},
 		{"status", "", "latchkey status", []string{"status"}, 0},
+		{"version", "", "latchkey version", []string{"version"}, 0},
 		{"bad input", "Says what was expected, and ends with 2:", "latchkey pods --state good", []string{"pods", "--state", "good"}, 2},
 		{"", "", "latchkey log-level kitchen debug", []string{"log-level", "kitchen", "debug"}, 2},
 	}
@@ -58,7 +60,9 @@ func TestPrivilegedRecordedRuns(t *testing.T) {
 	doc.WriteString("# The debug CLI at work\n\n" +
 		"`latchkey` tells whoever is on call which pod of this node maps to which role, and why, or why not. What follows is real output,\n" +
 		"recorded by a test on a node with a real agent, real cgroups and namespaces, and a stand-in for EKS Auth; only directories are\n" +
-		"named as they are on a node. The reference of commands and flags is in [cli/](cli/latchkey.md), with man pages in `docs/cli/man`.\n")
+		"named as they are on a node. The reference of commands and flags is in [cli/](cli/latchkey.md), with man pages in `docs/cli/man`;\n" +
+		"[causes](cli-causes.md) lists what `explain` said of set-ups that were broken for real. `latchkey completion bash|zsh|fish` completes\n" +
+		"verbs, flags, pods and components.\n")
 	root := strings.TrimPrefix(b.Node.CgroupRoot(), b.Node.Cgroup2Mount())
 	names := strings.NewReplacer(
 		b.PinPath(), "/sys/fs/bpf/latchkey", b.Socket(), "/run/latchkey/admin.sock", b.KeyFile(), "/etc/latchkey/jwks.json",

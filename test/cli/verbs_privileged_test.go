@@ -9,6 +9,9 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
+	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -393,11 +396,20 @@ func TestPrivilegedNothingSecretIsShown(t *testing.T) {
 // admin asks the admin socket itself.
 func (w *world) admin(t *testing.T, path string) string {
 	t.Helper()
-	r := runIn(t, w.Node.HostPlace(), nil, "curl", "-sS", "--unix-socket", w.Socket(), "http://agent"+path)
-	if r.code != 0 {
-		t.Fatalf("%s: %s", path, r.stderr)
+	client := http.Client{Timeout: patience, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "unix", w.Socket())
+	}}}
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://agent"+path, nil)
+	must(t, err)
+	resp, err := client.Do(req)
+	must(t, err)
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	must(t, err)
+	if resp.StatusCode != http.StatusOK {
+		t.Fatalf("%s: %d %s", path, resp.StatusCode, body)
 	}
-	return r.stdout
+	return string(body)
 }
 
 // Bad input, to every verb, is exit status 2 and an error that says what was
