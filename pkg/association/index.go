@@ -234,6 +234,7 @@ var (
 	errRelist = errors.New("the store does not remember the revisions since the last event")
 	errStall  = errors.New("the store is silent")
 	errEnded  = errors.New("the watch has ended")
+	errBehind = errors.New("the store is at an earlier revision")
 )
 
 // Run lists, then watches, until ctx ends; after a failure it tries again. It
@@ -250,7 +251,7 @@ func (x *Index) Run(ctx context.Context) error {
 		if err == nil {
 			relist = false
 			err = x.watch(ctx)
-			relist = errors.Is(err, errRelist)
+			relist = errors.Is(err, errRelist) || errors.Is(err, errBehind) && x.isOlder(ctx)
 		}
 		if ctx.Err() != nil {
 			return ctx.Err()
@@ -333,14 +334,18 @@ func (x *Index) listOne(ctx context.Context, next *snapshot, name string, revisi
 	return nil
 }
 
-// watch applies events from the revision after the one that was reached.
+// watch applies events from the revision that was reached.
 func (x *Index) watch(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	from, end := x.keys.watched()
 	// A member that has lost its cluster would go on being silent and content.
 	wctx := clientv3.WithRequireLeader(ctx)
-	events := x.cfg.Client.Watch(wctx, from, clientv3.WithRange(end), clientv3.WithRev(x.Revision()+1), clientv3.WithFragment())
+	// From the revision that was reached, not the one after it: etcd answers no
+	// question about progress while a watch of its stream begins in the future, so
+	// a store that nobody writes to would seem silent. To apply its events again
+	// changes nothing.
+	events := x.cfg.Client.Watch(wctx, from, clientv3.WithRange(end), clientv3.WithRev(max(1, x.Revision())), clientv3.WithFragment())
 
 	// Only an answer that was asked for proves anything about the time of asking.
 	// One question is open at a time; the answer counts for the oldest.
@@ -365,8 +370,7 @@ func (x *Index) watch(ctx context.Context) error {
 			}
 			heard = x.cfg.Now()
 			if r.Header.Revision < x.Revision() {
-				// Another store, restored from the past, answers in this one's place.
-				return fmt.Errorf("%w: it is at %d", errRelist, r.Header.Revision)
+				return fmt.Errorf("%w: %d", errBehind, r.Header.Revision)
 			}
 			if r.IsProgressNotify() {
 				x.reach(r.Header.Revision, asked)
@@ -391,13 +395,21 @@ func (x *Index) watch(ctx context.Context) error {
 	}
 }
 
+// isOlder tells a store that was restored from the past, and answers in the
+// other's place, from a member that is merely late.
+func (x *Index) isOlder(ctx context.Context) bool {
+	from, _ := x.keys.watched()
+	ctx, cancel := context.WithTimeout(ctx, x.cfg.Stall)
+	defer cancel()
+	r, err := x.cfg.Client.Get(ctx, from, clientv3.WithCountOnly())
+	return err == nil && r.Header.Revision < x.Revision()
+}
+
 func (x *Index) apply(ctx context.Context, events []*clientv3.Event) {
 	s := x.now.Load()
 	var revision int64
 	s.mu.Lock()
 	for _, e := range events {
-		// A fragment may end amid a revision; then the next response has the rest of
-		// it, and the revision is reached with that.
 		if e.Kv.ModRevision > revision {
 			revision = e.Kv.ModRevision
 		}

@@ -12,8 +12,11 @@ import (
 	"testing"
 	"time"
 
+	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"github.com/latchkey-dev/latchkey/pkg/etcd"
 )
 
 func TestIndexFollows(t *testing.T) {
@@ -139,6 +142,7 @@ type flakyWatcher struct {
 	cancels []context.CancelFunc
 	silent  atomic.Bool
 	refuse  atomic.Bool
+	behind  atomic.Bool
 	watches atomic.Int64
 }
 
@@ -147,6 +151,11 @@ func (f *flakyWatcher) Watch(ctx context.Context, key string, opts ...clientv3.O
 	if f.refuse.Load() {
 		c := make(chan clientv3.WatchResponse)
 		close(c)
+		return c
+	}
+	if f.behind.Load() {
+		c := make(chan clientv3.WatchResponse, 1)
+		c <- clientv3.WatchResponse{Header: &etcdserverpb.ResponseHeader{Revision: 1}}
 		return c
 	}
 	ctx, cancel := context.WithCancel(ctx)
@@ -281,6 +290,66 @@ func TestIndexProgress(t *testing.T) {
 	wait(t, x, r.Header.Revision)
 	a := x.current.Load()
 	until(t, "progress", func() bool { return x.current.Load() > a })
+}
+
+// Where nothing is ever written the store still says that the index has
+// everything: a server that merely waits has not lost its store.
+func TestIndexOfAnIdleStore(t *testing.T) {
+	srv, err := etcd.Start(t.Context(), etcd.Config{Dir: t.TempDir()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	x := NewIndex(IndexConfig{Client: srv.Client(), Progress: 5 * time.Millisecond})
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- x.Run(ctx) }()
+	until(t, "the list", x.Ready)
+	listed := x.current.Load()
+	until(t, "an answer that was asked for after the list", func() bool { return x.current.Load() > listed })
+	cancel()
+	<-done
+	if err := srv.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// oldKV answers as a store does that was restored from the past.
+type oldKV struct {
+	clientv3.KV
+	old atomic.Bool
+}
+
+func (o *oldKV) Get(ctx context.Context, key string, opts ...clientv3.OpOption) (*clientv3.GetResponse, error) {
+	r, err := o.KV.Get(ctx, key, opts...)
+	if err == nil && o.old.Load() && len(r.Kvs) == 0 && r.Count == 0 {
+		r.Header.Revision = 1
+	}
+	return r, err
+}
+
+// A member that is late is waited for; a store that has gone back is read anew.
+func TestIndexOfAnOlderStore(t *testing.T) {
+	s := newTestStore(t, nil)
+	c, flaky := flakyClient(t)
+	kv := &oldKV{KV: c.KV}
+	c.KV = kv
+	x := startIndex(t, s, func(cfg *IndexConfig) { cfg.Client = c })
+	a := mustCreate(t, s, input("web", "api"))
+	wait(t, x, a.Revision)
+	n := flaky.watches.Load()
+	flaky.behind.Store(true)
+	flaky.breakAll()
+	until(t, "new watches", func() bool { return flaky.watches.Load() > n+2 })
+	if x.Lists() != 1 {
+		t.Errorf("%d lists because of a late member", x.Lists())
+	}
+	kv.old.Store(true)
+	until(t, "a new list", func() bool { return x.Lists() > 1 })
+	kv.old.Store(false)
+	flaky.behind.Store(false)
+	b := mustCreate(t, s, input("web", "other"))
+	wait(t, x, b.Revision)
+	sameAsStore(t, x, s)
 }
 
 func TestIndexDamage(t *testing.T) {

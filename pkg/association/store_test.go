@@ -15,6 +15,8 @@ import (
 
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"github.com/latchkey-dev/latchkey/pkg/etcd"
 )
 
 func TestCreateAndDescribe(t *testing.T) {
@@ -646,6 +648,50 @@ func TestLostAnswer(t *testing.T) {
 	if err != nil || !same(first, again) || again.RoleARN != role+"2" {
 		t.Errorf("%+v, %v", again, err)
 	}
+}
+
+// A store that is full refuses to take more, for the time being; what is there
+// can be read and deleted.
+func TestFullStore(t *testing.T) {
+	srv, err := etcd.Start(t.Context(), etcd.Config{Dir: t.TempDir(), QuotaBytes: 1 << 20})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer srv.Close()
+	s := NewStore(Config{Client: srv.Client(), Timeout: patience})
+	if _, err := s.PutCluster(t.Context(), testCluster("prod")); err != nil {
+		t.Fatal(err)
+	}
+	in := input("web", "")
+	in.Tags = map[string]string{}
+	for i := range 50 {
+		in.Tags[fmt.Sprint(i)] = strings.Repeat("\u20ac", 256)
+	}
+	var last Association
+	for i := 0; ; i++ {
+		if i == 1000 {
+			t.Fatal("a quota of 1 MiB is never reached")
+		}
+		in.ServiceAccount = fmt.Sprint("sa-", i)
+		a, err := s.Create(t.Context(), in)
+		if err != nil {
+			wantError(t, err, Unavailable, "")
+			break
+		}
+		last = a
+	}
+	in.ClientToken = "a lease, too"
+	_, err = s.Create(t.Context(), in)
+	wantError(t, err, Unavailable, "")
+	_, err = s.Update(t.Context(), UpdateInput{Cluster: "prod", ID: last.ID, RoleARN: ptr(role + "2")})
+	wantError(t, err, Unavailable, "")
+	if got, err := s.Describe(t.Context(), "prod", last.ID); err != nil || !same(got, last) {
+		t.Errorf("%+v, %v", got, err)
+	}
+	if _, err := s.Delete(t.Context(), DeleteInput{Cluster: "prod", ID: last.ID}); err != nil {
+		t.Errorf("delete: %v", err)
+	}
+	consistent(t, s)
 }
 
 func TestTimeLimit(t *testing.T) {
