@@ -85,7 +85,11 @@ type server struct {
 // newServer prepares a state directory; nothing runs.
 func newServer(t *testing.T, args ...string) *server {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), longest)
+	limit := longest
+	if os.Getenv("LATCHKEY_KILLS") != "" {
+		limit = time.Hour
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), limit)
 	t.Cleanup(cancel)
 	// Not t.TempDir, whose path is too long for a socket if the test's name is.
 	dir, err := os.MkdirTemp("", "lks-")
