@@ -386,7 +386,7 @@ func (r *Ring) refreshFor(ctx context.Context, id string) error {
 		return nil
 	}
 	now := r.cfg.Now()
-	if r.keys.Load() != nil && now.Sub(r.asked).Abs() < minRefresh {
+	if now.Sub(r.asked).Abs() < minRefresh {
 		return r.lastErr
 	}
 	r.asked = now

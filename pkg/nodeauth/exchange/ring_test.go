@@ -221,7 +221,11 @@ func TestStoreOutage(t *testing.T) {
 			t.Errorf("a server without keys: %v", err)
 		}
 	}
+	if store.loads != 3 { // a twice, b once
+		t.Errorf("the store was read %d times", store.loads)
+	}
 	store.set(func() { store.err = nil })
+	c.add(minRefresh)
 	opens(t, b, session, "x")
 
 	good := store.value
