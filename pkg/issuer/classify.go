@@ -80,6 +80,15 @@ func refusesDuration(e *Error) bool {
 		strings.Contains(strings.ToLower(api.ErrorMessage()), "durationseconds")
 }
 
+// refusesCaller tells whether STS found the caller's credentials to have ended.
+func refusesCaller(code string) bool {
+	switch code {
+	case "ExpiredToken", "ExpiredTokenException", "InvalidClientTokenId", "UnrecognizedClientException":
+		return true
+	}
+	return false
+}
+
 func statusOf(err error) int {
 	var response *smithyhttp.ResponseError
 	if errors.As(err, &response) {

@@ -135,6 +135,7 @@ var ErrConfig = errors.New("invalid settings for STS")
 // Issuer calls STS. It may be used by several goroutines.
 type Issuer struct {
 	cfg     Config
+	own     *aws.CredentialsCache
 	retryer aws.Retryer
 
 	mu      sync.RWMutex
@@ -166,8 +167,9 @@ func New(ctx context.Context, cfg Config) (*Issuer, error) {
 		}
 		cfg.Credentials = a.Credentials
 	}
-	if _, cached := cfg.Credentials.(*aws.CredentialsCache); !cached {
-		cfg.Credentials = aws.NewCredentialsCache(cfg.Credentials)
+	own, cached := cfg.Credentials.(*aws.CredentialsCache)
+	if !cached {
+		own = aws.NewCredentialsCache(cfg.Credentials)
 	}
 	if cfg.AttemptTimeout <= 0 {
 		cfg.AttemptTimeout = DefaultAttemptTimeout
@@ -198,6 +200,7 @@ func New(ctx context.Context, cfg Config) (*Issuer, error) {
 	}
 	return &Issuer{
 		cfg: cfg,
+		own: own,
 		// One for all: its budget of retries is what keeps an ailing STS from being
 		// asked three times as often.
 		retryer: retry.NewStandard(func(o *retry.StandardOptions) {
@@ -262,7 +265,7 @@ func (i *Issuer) Issue(ctx context.Context, req Request) (Credentials, error) {
 	defer cancel()
 	// Fetched apart from the calls: what goes wrong with the server's own
 	// credentials may look like an answer about the role, and is none.
-	own, err := i.cfg.Credentials.Retrieve(ctx)
+	own, err := i.own.Retrieve(ctx)
 	if err != nil {
 		return Credentials{}, &Error{kind: ErrUnavailable, message: messageUnavailable,
 			cause: fmt.Errorf("the server's own credentials: %w", err)}
@@ -342,6 +345,9 @@ func (i *Issuer) call(ctx context.Context, n int, region string, caller aws.Cred
 	}
 	if failed != nil {
 		failed.Hop = n
+		if n == 1 && refusesCaller(failed.Code) {
+			i.own.Invalidate() // the next call fetches the server's own credentials anew
+		}
 	}
 	return answer, ids, failed
 }

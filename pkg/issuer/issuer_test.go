@@ -493,6 +493,39 @@ func TestOwnCredentials(t *testing.T) {
 	}
 }
 
+// rotated gives credentials that have ended the first time, good ones then.
+type rotated struct{ calls int }
+
+func (p *rotated) Retrieve(context.Context) (aws.Credentials, error) {
+	if p.calls++; p.calls == 1 {
+		return aws.Credentials{AccessKeyID: "ASIAREVOKED000000000", SecretAccessKey: secret, SessionToken: "x"}, nil
+	}
+	return aws.Credentials{AccessKeyID: keyID, SecretAccessKey: secret}, nil
+}
+
+// Own credentials that STS knows no more are fetched anew; others are kept.
+func TestOwnCredentialsThatEnded(t *testing.T) {
+	p := &rotated{}
+	r := start(t, func(cfg *Config) { cfg.Credentials = p })
+	if _, err := r.Issue(t.Context(), request()); !errors.Is(err, ErrUnavailable) {
+		t.Errorf("revoked: %v", err)
+	}
+	for range 3 {
+		if _, err := r.Issue(t.Context(), request(withTarget)); err != nil {
+			t.Errorf("fetched anew: %v", err)
+		}
+	}
+	f := sts.Refusals()["expired token"]
+	f.RoleARN, f.Times = target, 1
+	r.sts.Inject(f) // the first hop's session, not ours
+	if _, err := r.Issue(t.Context(), request(withTarget)); !errors.Is(err, ErrUnavailable) {
+		t.Errorf("second hop: %v", err)
+	}
+	if _, err := r.Issue(t.Context(), request()); err != nil || p.calls != 2 {
+		t.Errorf("fetched %d times, %v", p.calls, err)
+	}
+}
+
 type transport func(*http.Request) (*http.Response, error)
 
 func (f transport) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
