@@ -716,3 +716,51 @@ func TestRun(t *testing.T) {
 		t.Error("a setting that is none")
 	}
 }
+
+// What a value says reaches the agent as it is, whatever it would mean to YAML.
+func TestTextsOfValuesAreKept(t *testing.T) {
+	values, err := ReadValues(nil, minimal)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const odd = `a "b" 'c' {d}, [e] # f: g\h %i`
+	values["env"] = map[string]any{"AWS_REGION": "us-west-2", "ODD": odd, "NUMBER": 12345678, "BOOL": true}
+	values["podAnnotations"] = map[string]any{"odd": odd}
+	values["agent"] = map[string]any{
+		"audit":          "file:/" + odd,
+		"endpoint":       "https://" + odd,
+		"hostPaths":      map[string]any{"run": "/" + odd, "cgroup": "/cg, roup"},
+		"runtime":        map[string]any{"hostPaths": []any{"/" + odd}},
+		"caBundle":       map[string]any{"hostPath": "/" + odd},
+		"additionalArgs": map[string]any{"--state-dir": odd, "--max-cache-bytes": 1234567890},
+	}
+	s, err := Render(Release{Chart: chartDir, Name: "latchkey", Namespace: "latchkey", Values: values})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ds, c := agentOf(t, s)
+	for _, want := range []string{"--audit=file:/" + odd, "--endpoint=https://" + odd, "--state-dir=" + odd, "--max-cache-bytes=1234567890"} {
+		if !slices.Contains(c.Args, want) {
+			t.Errorf("no %s in %q", want, c.Args)
+		}
+	}
+	for name, want := range map[string]string{"ODD": odd, "NUMBER": "12345678", "BOOL": "true"} {
+		if !slices.Contains(c.Env, corev1.EnvVar{Name: name, Value: want}) {
+			t.Errorf("no %s=%s in %v", name, want, c.Env)
+		}
+	}
+	paths := map[string]string{}
+	for _, v := range ds.Spec.Template.Spec.Volumes {
+		if v.HostPath != nil {
+			paths[v.Name] = v.HostPath.Path
+		}
+	}
+	for name, want := range map[string]string{"run": "/" + odd, "cgroup": "/cg, roup", "runtime-0": "/" + odd, "ca": "/" + odd} {
+		if paths[name] != want {
+			t.Errorf("volume %s is %q", name, paths[name])
+		}
+	}
+	if ds.Spec.Template.Annotations["odd"] != odd {
+		t.Errorf("annotations %q", ds.Spec.Template.Annotations)
+	}
+}

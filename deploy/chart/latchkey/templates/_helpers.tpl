@@ -144,11 +144,11 @@ EKS agent is not meant for this image. */}}
 {{- define "latchkey.agent.ca" -}}
 {{- $ca := .Values.agent.caBundle }}
 {{- if $ca.configMap }}
-configMap: {name: {{ $ca.configMap }}, items: [{key: {{ $ca.key }}, path: ca.crt}]}
+configMap: {name: {{ $ca.configMap | quote }}, items: [{key: {{ $ca.key | quote }}, path: ca.crt}]}
 {{- else if $ca.secret }}
-secret: {secretName: {{ $ca.secret }}, items: [{key: {{ $ca.key }}, path: ca.crt}]}
+secret: {secretName: {{ $ca.secret | quote }}, items: [{key: {{ $ca.key | quote }}, path: ca.crt}]}
 {{- else if $ca.hostPath }}
-hostPath: {path: {{ $ca.hostPath }}, type: File}
+hostPath: {path: {{ $ca.hostPath | quote }}, type: File}
 {{- else if and (include "latchkey.ownServer" .) (not .Values.server.tls.insecureHTTP) }}
 secret: {secretName: {{ include "latchkey.server.tlsSecret" . }}, items: [{key: ca.crt, path: ca.crt}]}
 {{- else if contains "-iso" (.Values.env.AWS_REGION | default "" | toString) }}
