@@ -20,13 +20,18 @@ import (
 
 // byHand signs a canonical request that somebody wrote down.
 func byHand(r *http.Request, canonical string) string {
+	return byHandOn(r, r.Header.Get("X-Amz-Date")[:8], canonical)
+}
+
+// byHandOn does so with a key of some day.
+func byHandOn(r *http.Request, day, canonical string) string {
 	sum := func(key []byte, s string) []byte {
 		h := hmac.New(sha256.New, key)
 		h.Write([]byte(s))
 		return h.Sum(nil)
 	}
 	date := r.Header.Get("X-Amz-Date")
-	scope := date[:8] + "/" + region + "/eks/aws4_request"
+	scope := day + "/" + region + "/eks/aws4_request"
 	key := []byte("AWS4" + secretKey)
 	for _, s := range strings.Split(scope, "/") {
 		key = sum(key, s)

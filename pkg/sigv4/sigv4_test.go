@@ -355,6 +355,20 @@ func TestVerifyAcceptsBothOrdersOfParameters(t *testing.T) {
 	}
 }
 
+// A key of another day is another key: it may have been given to somebody for
+// that day alone.
+func TestVerifyRefusesTheKeyOfAnotherDay(t *testing.T) {
+	s := signed{method: http.MethodGet, url: "http://latchkey.example/x?a=1"}
+	r, body := s.arrive(t)
+	canonical := "GET\n/x\na=1\nhost:latchkey.example\nx-amz-date:20261121T120000Z\n\nhost;x-amz-date\n" + hexSum("")
+	for day, want := range map[string]error{"20261121": nil, "20261120": sigv4.ErrSignature, "20261122": sigv4.ErrSignature, "2026112x": sigv4.ErrSignature} {
+		r.Header.Set("Authorization", byHandOn(r, day, canonical))
+		if _, err := verifier(t).Verify(r, body, "eks"); !errors.Is(err, want) {
+			t.Errorf("%s: %v", day, err)
+		}
+	}
+}
+
 // An example that the documentation of AWS works through, with its own key.
 func TestSignatureOfTheDocumentation(t *testing.T) {
 	const secret = "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY"
