@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"net/url"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -136,9 +137,16 @@ func (c *cli) lookIntoPod(ctx context.Context, in *explain.Input, dir string, ad
 	if leaf == "" {
 		return
 	}
-	used := defaultHosts()[0].String()
+	used := defaultHosts()[0]
+	if j := in.Injection; j != nil {
+		if u, err := url.Parse(j.URI); err == nil {
+			if told, err := netip.ParseAddr(u.Hostname()); err == nil {
+				used = told
+			}
+		}
+	}
 	for _, a := range addresses {
-		if !strings.HasPrefix(a, used) {
+		if at, err := netip.ParseAddrPort(a); err != nil || at.Addr() != used {
 			continue
 		}
 		got, err := c.child.Reach(ctx, netns, leaf, a)

@@ -116,8 +116,12 @@ func TestExplain(t *testing.T) {
 		"detached":    {func(in *Input) { in.Hooks[0].Programs = nil }, NotAttached, "hooks", "not attached any more"},
 		"shadowed": {func(in *Input) {
 			*in = unserved()
+			in.Hooks[0].Programs = append([]Program{{ID: 9, Name: "cil_sock4_conne", Cgroup: "/kubepods"}}, in.Hooks[0].Programs...)
+		}, Shadowed, "hooks", "cil_sock4_conne (id 9, at cgroup /kubepods) runs before"},
+		"passed by others": {func(in *Input) {
+			*in = unserved()
 			in.Hooks[0].Programs = append([]Program{{ID: 9, Name: "cil_sock4_conne", Cgroup: "/"}}, in.Hooks[0].Programs...)
-		}, Shadowed, "hooks", "cil_sock4_conne (id 9, at cgroup /) runs before"},
+		}, NeverAsked, "", "has not asked"},
 		"shadowed for all": {func(in *Input) {
 			in.Hooks[0].Programs = append(in.Hooks[0].Programs, Program{ID: 9, Name: "x"})
 			in.Reach[0] = Reach{Address: "169.254.170.23:80", Error: "connection refused"}

@@ -450,7 +450,10 @@ func (w *walk) hooks() {
 	}
 	probed := w.in.Probe != nil && w.in.Probe.Attested != "" && (w.f.Pod == nil || w.in.Probe.Attested != w.f.Pod.UID)
 	unreached := w.unreached()
-	suspicious := len(foreign) > 0 && (probed || unreached != "" || w.in.Probe == nil && (!w.seen() && w.proxy == nil || w.reason() == evidence.ReasonNoEvidence))
+	// Who never asked may just not have asked: not so if what was tried passed
+	// the same programs.
+	silent := !w.seen() && w.proxy == nil && !w.passed()
+	suspicious := len(foreign) > 0 && (probed || unreached != "" || w.in.Probe == nil && (silent || w.reason() == evidence.ReasonNoEvidence))
 	switch {
 	case suspicious:
 		text := "hook shadowed: " + foreign[0] + ", and no connection of this pod has reached the agent"
@@ -479,6 +482,23 @@ func (w *walk) unreached() string {
 		}
 	}
 	return ""
+}
+
+// passed: the agent was reached from the pod's network namespace, by a process
+// that every program of another's sees as well: all are at the top of the
+// hierarchy, as Cilium's are.
+func (w *walk) passed() bool {
+	if len(w.in.Reach) == 0 || w.unreached() != "" {
+		return false
+	}
+	for _, h := range w.in.Hooks {
+		for _, p := range h.Programs {
+			if !p.Ours && p.Cgroup != "/" {
+				return false
+			}
+		}
+	}
+	return true
 }
 
 // reach comes behind the hooks: a program of another's explains more than what

@@ -49,9 +49,7 @@ func newBusy(t *testing.T) *busy {
 	must(t, json.Unmarshal([]byte(served.Body), &creds))
 	b.secrets = append(b.secrets, creds.SecretAccessKey, creds.Token, creds.AccessKeyId, eksauth.SecretPrefix, eksauth.SessionTokenPrefix, "secret of the node")
 	for _, token := range []string{b.api.Token, b.batch.Token, b.thief.Token} {
-		for _, part := range strings.Split(token, ".") {
-			b.secrets = append(b.secrets, part)
-		}
+		b.secrets = append(b.secrets, strings.Split(token, ".")...)
 	}
 	eventually(t, func() error {
 		if r := w.latchkey(t, "denials"); strings.Count(r.stdout, "\n") < 3 {
