@@ -297,6 +297,8 @@ func TestDependenciesInTheirPlace(t *testing.T) {
 		"github.com/pkg/errors":         nil,
 		"golang.org/x/exp":              nil,
 		"github.com/prometheus/client_": {"pkg/", "cmd/", "test/"},
+		"go.etcd.io/":                   {"pkg/association", "pkg/etcd", "pkg/nodeauth", "pkg/server", "test/"},
+		"go.uber.org/zap":               {"pkg/etcd"},
 	} {
 		for _, f := range goFiles(t) {
 			for _, imp := range f.ast.Imports {
