@@ -116,8 +116,9 @@ manifests: ## Render deploy/manifests from the chart, and the chart's golden fil
 	@$(GO) test -count=1 ./test/chart -update
 
 .PHONY: docs
-docs: ## Write the documents that are generated: the CLI's manual, flags, metrics
-	@scripts/generate docs
+docs: ## Write what is generated of the documents: the CLI's manual, the table of metrics
+	@$(GO) test -count=1 ./pkg/agent -run TestMetricsDocument -update
+	@LATCHKEY_UPDATE=1 $(GO) test -count=1 ./cmd/latchkey -run TestReferenceIsCurrent
 
 .PHONY: ci-full
 ci-full: test attacks test-kernels e2e fuzz bench ## All that there is: CI and what is too long for it
