@@ -298,14 +298,6 @@ func (s *server) eks(c aws.Credentials) *eks.Client {
 	})
 }
 
-// patient is eks with the SDK's own retries.
-func (s *server) patient(c aws.Credentials) *eks.Client {
-	return eks.New(eks.Options{
-		Region: region, BaseEndpoint: aws.String(s.url), Credentials: credentials.StaticCredentialsProvider{Value: c},
-		RetryMaxAttempts: 10,
-	})
-}
-
 // outcome is the error code that an SDK found, and the HTTP status.
 func outcome(err error) (code string, status int) {
 	if err == nil {
