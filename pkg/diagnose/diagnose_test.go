@@ -156,6 +156,28 @@ func TestProcessesAndLeaf(t *testing.T) {
 	}
 }
 
+func TestCNIHazardsAreNamed(t *testing.T) {
+	t.Parallel()
+	cni := procfs(t, map[string]string{"10-a.conflist": `{"plugins":[{"type":"bridge"},{"type":"istio-cni"}]}`, "20-b.conflist": `{"type":"linkerd-cni"}`, "30-c.conf": `{"type":"bridge"}`})
+	d := &Doctor{ProcFS: procfs(t, map[string]string{"12/comm": "ztunnel\n", "13/comm": "bash\n", "self/x": ""}), CNIConfig: cni}
+	told := 0
+	d.Report = func(Check) { told++ }
+	d.cni(t.Context())
+	for _, want := range []string{"Istio's CNI plugin is chained (10-a.conflist)", "Linkerd's CNI plugin is chained (20-b.conflist)", "ztunnel (12) runs on this node"} {
+		if !slices.ContainsFunc(d.checks, func(c Check) bool { return c.State == explain.Warn && c.Fix != "" && strings.Contains(c.Text, want) }) {
+			t.Errorf("no warning %q: %+v", want, d.checks)
+		}
+	}
+	if told != len(d.checks) {
+		t.Errorf("%d checks were told of as they were made, of %d", told, len(d.checks))
+	}
+	for name, want := range map[string]string{"cil_sock4_connect": "Cilium", "calico_connect4": "Calico", "sd_fw_ingress": "systemd", "x": "bpftool"} {
+		if !strings.Contains(hookHint(name), want) {
+			t.Errorf("%s: %s", name, hookHint(name))
+		}
+	}
+}
+
 func TestFailed(t *testing.T) {
 	t.Parallel()
 	if Failed([]Check{{State: explain.OK}, {State: explain.Warn}}) || !Failed([]Check{{State: explain.OK}, {State: explain.Fail}}) {

@@ -95,6 +95,12 @@ func TestPrivilegedDoctorFindsWhatIsWrong(t *testing.T) {
 			p.served(t)
 			swallow(t, p.Netns())
 		}, check: "reach", state: explain.Warn, text: "169.254.170.23:80 cannot be reached from pod web/cut-off: no answer within"},
+		{name: "Cilium", make: func(t *testing.T, w *world) {
+			w.start(t)
+			must(t, w.Node.Do(func() error {
+				return netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "cilium_host"}, PeerName: "cilium_net"})
+			}))
+		}, check: "cni", state: explain.Warn, text: "Cilium is here"},
 		{name: "a node-level proxy", make: func(t *testing.T, w *world) {
 			w.start(t)
 			sleep, err := exec.LookPath("sleep")

@@ -552,7 +552,9 @@ func hookShadowed(t *testing.T, w *world, cgroup string, before bool) string {
 // v1 only.
 func withoutCgroup2(w *world) []string {
 	return []string{"unshare", "-m", "sh", "-c",
-		`umount -l "$0" && { grep -q ' - cgroup ' /proc/self/mountinfo || mount -t cgroup -o none,name=latchkeytest none /mnt; } && exec "$@"`,
+		`for m in $(grep ' - cgroup2 ' /proc/self/mountinfo | cut -d ' ' -f 5); do umount -l "$m" || exit 99; done
+		grep -q ' - cgroup ' /proc/self/mountinfo || mount -t cgroup -o none,name=latchkeytest none "$0" || exit 98
+		exec "$@"`,
 		w.Node.Cgroup2Mount()}
 }
 
