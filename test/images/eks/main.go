@@ -4,6 +4,7 @@
 // aws-sdk-go-v2, and as an agent on the wire of EKS Auth. The suites run it on
 // the node. Endpoint, keys and CA are in the environment that every SDK reads.
 //
+//	eks list CLUSTER                  the associations' ids
 //	eks associate CLUSTER NAMESPACE SERVICEACCOUNT ROLE TARGETROLE
 //	eks exchange CLUSTER <NODETOKEN   keys for a node token, as shell assignments
 //	eks assume CLUSTER <PODTOKEN      what EKS Auth answers for a pod's token
@@ -48,12 +49,28 @@ func run(ctx context.Context, args []string) error {
 	switch {
 	case len(args) == 6 && args[0] == "associate":
 		return associate(ctx, cfg, args[1:])
+	case len(args) == 2 && args[0] == "list":
+		return list(ctx, cfg, args[1])
 	case len(args) == 2 && args[0] == "exchange":
 		return exchange(ctx, cfg, args[1])
 	case len(args) == 2 && args[0] == "assume":
 		return assume(ctx, cfg, args[1])
 	}
-	return errors.New("usage: eks associate CLUSTER NAMESPACE SERVICEACCOUNT ROLE TARGETROLE | exchange CLUSTER | assume CLUSTER")
+	return errors.New("usage: eks list CLUSTER | associate CLUSTER NAMESPACE SERVICEACCOUNT ROLE TARGETROLE | exchange CLUSTER | assume CLUSTER")
+}
+
+func list(ctx context.Context, cfg aws.Config, cluster string) error {
+	pages := eks.NewListPodIdentityAssociationsPaginator(eks.NewFromConfig(cfg), &eks.ListPodIdentityAssociationsInput{ClusterName: &cluster})
+	for pages.HasMorePages() {
+		page, err := pages.NextPage(ctx)
+		if err != nil {
+			return err
+		}
+		for _, a := range page.Associations {
+			fmt.Println(aws.ToString(a.AssociationId))
+		}
+	}
+	return nil
 }
 
 func associate(ctx context.Context, cfg aws.Config, args []string) error {
