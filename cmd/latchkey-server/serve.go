@@ -10,7 +10,6 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
-	"github.com/spf13/pflag"
 	"sigs.k8s.io/yaml"
 
 	"github.com/latchkey-dev/latchkey/pkg/commandline"
@@ -36,7 +35,7 @@ func newServe(c *cli) *cobra.Command {
 		Args: commandline.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if file != "" {
-				clusters, err := applyFile(cmd.Flags(), file)
+				clusters, err := applyFile(cmd, file)
 				if err != nil {
 					return err
 				}
@@ -75,7 +74,7 @@ func newServe(c *cli) *cobra.Command {
 // applyFile sets the flags that a file names and that the command line does
 // not, and returns the file's clusters. A key that nobody knows is refused: what
 // it was meant to say, perhaps a limit, would be lost.
-func applyFile(flags *pflag.FlagSet, file string) ([]server.ClusterSpec, error) {
+func applyFile(cmd *cobra.Command, file string) ([]server.ClusterSpec, error) {
 	data, err := os.ReadFile(file)
 	if err != nil {
 		return nil, fmt.Errorf("%w: --config: %w", server.ErrConfig, err)
@@ -92,7 +91,7 @@ func applyFile(flags *pflag.FlagSet, file string) ([]server.ClusterSpec, error) 
 			}
 			continue
 		}
-		fl := flags.Lookup(key)
+		fl := cmd.Flags().Lookup(key)
 		if fl == nil || slices.Contains([]string{"config", "help", "version"}, key) {
 			return nil, fmt.Errorf("%w: %s: there is no setting %q; keys are the flags of `latchkey-server serve` and clusters", server.ErrConfig, file, key)
 		}

@@ -24,7 +24,6 @@ import (
 	"github.com/aws/aws-sdk-go-v2/aws"
 	"github.com/aws/aws-sdk-go-v2/credentials"
 	"github.com/aws/aws-sdk-go-v2/service/eks"
-	"github.com/aws/smithy-go"
 
 	"github.com/latchkey-dev/latchkey/test/standin/tokens"
 )
@@ -303,7 +302,7 @@ func outcome(err error) (code string, status int) {
 	if err == nil {
 		return "", http.StatusOK
 	}
-	var api smithy.APIError
+	var api interface{ ErrorCode() string }
 	if errors.As(err, &api) {
 		code = api.ErrorCode()
 	}

@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"bytes"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/spf13/cobra"
+
+	"github.com/latchkey-dev/latchkey/pkg/commandline"
+	"github.com/latchkey-dev/latchkey/pkg/server"
+)
+
+// command finds a command below the root.
+func command(t *testing.T, path ...string) *cobra.Command {
+	t.Helper()
+	cmd, _, err := newRoot(strings.NewReader(""), &bytes.Buffer{}, &bytes.Buffer{}).Find(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cmd
+}
+
+func TestApplyFile(t *testing.T) {
+	write := func(text string) string {
+		file := filepath.Join(t.TempDir(), "server.yaml")
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return file
+	}
+	serve := command(t, "serve")
+	if err := serve.ParseFlags([]string{"--listen", "127.0.0.1:1"}); err != nil {
+		t.Fatal(err)
+	}
+	clusters, err := applyFile(serve, write(`
+listen: 127.0.0.1:2
+session-duration: 30m
+insecure-http: true
+store-quota: 1000000
+metrics-address: ""
+state-dir: /x
+clusters: [{name: a, region: r}]
+`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]string{
+		"listen": "127.0.0.1:1", "session-duration": "30m0s", "insecure-http": "true", "store-quota": "1000000", "metrics-address": "", "state-dir": "/x",
+	} {
+		if got := serve.Flags().Lookup(name).Value.String(); got != want {
+			t.Errorf("%s is %q, want %q", name, got, want)
+		}
+	}
+	if len(clusters) != 1 || clusters[0].Name != "a" {
+		t.Errorf("clusters %+v", clusters)
+	}
+	for name, text := range map[string]string{
+		"unknown": "listn: x", "not a flag of its own": "config: x", "a list": "listen: [a]", "nothing": "listen:", "twice": "listen: a\nlisten: b",
+		"no duration": "session-duration: soon", "a member of a cluster": "clusters: [{nam: a}]", "no YAML": "a: [", "no mapping": "- a",
+	} {
+		if _, err := applyFile(command(t, "serve"), write(text)); !errors.Is(err, server.ErrConfig) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// What makes no sense is refused before anybody is asked.
+func TestUsage(t *testing.T) {
+	dir := t.TempDir()
+	for _, line := range []string{
+		"frobnicate", "serve extra", "cluster add", "cluster add a b", "cluster add a", "cluster add a --keys x --keys-from-kubeconfig y",
+		"cluster list -o xml", "association create -c a", "association describe -c a", "association describe -c a -n b", "association describe -c a -n b -s c --id d",
+		"association update -c a --id b", "association list", "user add", "user add a --node b", "user add a --node b/c --cluster d", "status --verbose", "-v loud serve",
+	} {
+		var out bytes.Buffer
+		root := newRoot(strings.NewReader(""), &out, &out)
+		root.SetArgs(append(strings.Fields(line), "--state-dir", dir))
+		err := root.Execute()
+		var usage commandline.UsageError
+		if !errors.As(err, &usage) || exitCode(err) != exitUsage {
+			t.Errorf("%s: %v", line, err)
+		}
+	}
+}
+
+func TestNoServer(t *testing.T) {
+	var out bytes.Buffer
+	root := newRoot(strings.NewReader(""), &out, &out)
+	root.SetArgs([]string{"status", "--state-dir", t.TempDir()})
+	err := root.Execute()
+	if !errors.Is(err, server.ErrNoServer) || exitCode(err) != exitFailed {
+		t.Errorf("%v", err)
+	}
+}
+
+// Every command says what it does, and every flag.
+func TestHelp(t *testing.T) {
+	var walk func(*cobra.Command)
+	walk = func(cmd *cobra.Command) {
+		if cmd.Short == "" {
+			t.Errorf("%s has no description", cmd.CommandPath())
+		}
+		for _, c := range cmd.Commands() {
+			walk(c)
+		}
+	}
+	walk(newRoot(strings.NewReader(""), &bytes.Buffer{}, &bytes.Buffer{}))
+}
