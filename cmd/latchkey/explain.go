@@ -78,12 +78,15 @@ func (c *cli) gather(ctx context.Context, query string, probe bool) (explain.Inp
 			addresses = append(addresses, l.Address)
 		}
 	}
-	if missing, err := diagnose.MissingAddresses(hosts); err == nil {
-		for _, a := range missing {
-			in.Node.MissingAddresses = append(in.Node.MissingAddresses, a.String())
+	// Only who stands where the agent does may say that something is missing.
+	if diagnose.SameNetns(facts.Status.Netns) {
+		if missing, err := diagnose.MissingAddresses(hosts); err == nil {
+			for _, a := range missing {
+				in.Node.MissingAddresses = append(in.Node.MissingAddresses, a.String())
+			}
 		}
+		in.Node.PortHolder, _ = diagnose.PortHolder("", hosts, port, facts.Status.PID)
 	}
-	in.Node.PortHolder, _ = diagnose.PortHolder("", hosts, port, facts.Status.PID)
 	if r, err := c.agent().ReachUpstream(ctx); err == nil {
 		in.Upstream = &r
 	}
@@ -92,6 +95,9 @@ func (c *cli) gather(ctx context.Context, query string, probe bool) (explain.Inp
 	live := facts.Pod != nil && !facts.Pod.Ended && facts.Pod.Cgroup != ""
 	if live {
 		at = facts.Pod.Cgroup
+	}
+	if facts.Status.Attesting && !diagnose.SameCgroups(mount, facts.Status.AttachedAt, facts.Status.AttachedID) {
+		in.HooksError, mount = diagnose.ErrElsewhere.Error(), ""
 	}
 	if facts.Status.Attesting && mount != "" {
 		if in.Hooks, err = diagnose.Hooks(mount, at, facts.Status.Pins); err != nil {

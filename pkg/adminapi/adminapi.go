@@ -89,6 +89,11 @@ type Status struct {
 	// CgroupMount is where cgroup v2 is mounted, as the agent sees it; the paths
 	// of cgroups are below it.
 	CgroupMount string `json:"cgroup_mount,omitempty"`
+	// AttachedID is the kernel's id of the cgroup AttachedAt, and Netns the inode
+	// of the agent's network namespace: whoever sees others under the same names
+	// looks at another node, or from within a container.
+	AttachedID uint64 `json:"attached_cgroup_id,omitempty"`
+	Netns      uint32 `json:"netns_inode,omitempty"`
 	// Pins is the directory of the pinned programs, links and maps, and
 	// ReusedLinks how many of them the agent found attached when it started.
 	Pins        string `json:"pins,omitempty"`

@@ -176,6 +176,9 @@ func (a *Agent) status() adminapi.Status {
 	}
 	if a.node != nil {
 		s.Kubepods, s.AttachedAt, s.CgroupMount = a.node.root.Path(), a.node.attachAt, a.node.mount.Point
+		if id, err := a.node.resolver.ID(a.node.attachAt); err == nil {
+			s.AttachedID = uint64(id)
+		}
 		kernel := a.node.kernel.Status()
 		s.Pins, s.ReusedLinks = kernel.Directory, kernel.ReusedLinks
 		if events, err := a.node.kernel.Events(); err == nil {
@@ -184,6 +187,10 @@ func (a *Agent) status() adminapi.Status {
 				s.BPF[e.Name] = e.Count
 			}
 		}
+	}
+	var own unix.Stat_t
+	if err := unix.Stat("/proc/self/ns/net", &own); err == nil {
+		s.Netns = uint32(own.Ino)
 	}
 	if k := a.admin.keeper; k != nil {
 		r := k.State()

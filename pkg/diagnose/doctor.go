@@ -164,6 +164,11 @@ func (d *Doctor) bpf(context.Context) {
 	if d.status == nil || !d.status.Attesting {
 		return
 	}
+	if !SameCgroups(d.mount, d.status.AttachedAt, d.status.AttachedID) {
+		d.add(explain.Warn, "bpf", "the cgroups seen here are not the agent's", "run it on the node itself, or in the agent's container")
+		d.mount = ""
+		return
+	}
 	hooks, err := Hooks(d.mount, d.status.AttachedAt, d.status.Pins)
 	if err != nil {
 		d.add(explain.Warn, "bpf", "cannot list the programs: "+firstLine(err), "run it as root in the host's cgroup namespace")
@@ -208,6 +213,10 @@ func hookHint(name string) string {
 }
 
 func (d *Doctor) addresses(context.Context) {
+	if d.elsewhere() {
+		d.add(explain.Warn, "address", "this is not the agent's network namespace, so addresses, routes and ports are not looked at", "run it on the node itself, or in the agent's container")
+		return
+	}
 	missing, err := MissingAddresses(d.hosts)
 	if err != nil {
 		d.add(explain.Warn, "address", firstLine(err), "run it as root on the node")
@@ -236,6 +245,9 @@ func (d *Doctor) addresses(context.Context) {
 	}
 }
 
+// elsewhere: the caller does not see the agent's network.
+func (d *Doctor) elsewhere() bool { return d.status != nil && !SameNetns(d.status.Netns) }
+
 func ipv6Off(procfs string) bool {
 	data, err := os.ReadFile(filepath.Join(procfs, "sys", "net", "ipv6", "conf", "all", "disable_ipv6"))
 	return err != nil || strings.TrimSpace(string(data)) == "1"
@@ -243,6 +255,9 @@ func ipv6Off(procfs string) bool {
 
 // routes asks the kernel how it would treat a packet to the addresses.
 func (d *Doctor) routes(context.Context) {
+	if d.elsewhere() {
+		return
+	}
 	for _, a := range d.hosts {
 		got, err := netlink.RouteGet(a.AsSlice())
 		switch {
@@ -268,6 +283,9 @@ func (d *Doctor) ports(context.Context) {
 			}
 		}
 	}
+	if d.elsewhere() {
+		return
+	}
 	holder, err := PortHolder(d.ProcFS, d.hosts, d.port, agent)
 	switch {
 	case err != nil:
@@ -285,6 +303,9 @@ func (d *Doctor) reach(ctx context.Context) {
 	var addresses []string
 	for _, h := range d.hosts {
 		addresses = append(addresses, netip.AddrPortFrom(h, d.port).String())
+	}
+	if d.elsewhere() || d.mount == "" {
+		return
 	}
 	d.reachFrom(ctx, "the node", filepath.Join(d.ProcFS, "self", "ns", "net"), addresses)
 	pods, err := d.Agent.Pods(ctx)

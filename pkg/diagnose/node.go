@@ -16,6 +16,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/latchkey-dev/latchkey/pkg/attribution"
 	"github.com/latchkey-dev/latchkey/pkg/cgroup"
@@ -47,6 +48,26 @@ func Cgroups(procfs string) (v2 string, v1 bool, err error) {
 		return "", v1, nil
 	}
 	return m.Point, v1, err
+}
+
+// ErrElsewhere: what is seen from here is not what the agent sees.
+var ErrElsewhere = errors.New("this is not the agent's view of the node: run latchkey on the node itself, or in the agent's container (kubectl exec)")
+
+// SameNetns tells whether the caller is in the network namespace with this
+// inode; 0, which older agents say, is taken for yes.
+func SameNetns(inode uint32) bool {
+	var own unix.Stat_t
+	return inode == 0 || unix.Stat("/proc/self/ns/net", &own) == nil && uint32(own.Ino) == inode
+}
+
+// SameCgroups tells whether a path below the mount is the cgroup with this id;
+// 0 is taken for yes.
+func SameCgroups(mount, path string, id uint64) bool {
+	if id == 0 {
+		return true
+	}
+	got, err := cgroup.ID(filepath.Join(mount, path))
+	return err == nil && uint64(got) == id
 }
 
 // MissingFeatures names what the kernel lacks for attestation; err is why the

@@ -293,6 +293,28 @@ func TestPrivilegedVerbs(t *testing.T) {
 			t.Errorf("\n%s", r.stdout)
 		}
 	})
+	t.Run("from elsewhere", func(t *testing.T) {
+		// In another network namespace, and with another view of the cgroups, what
+		// is missing there is not missing on the node.
+		elsewhere := w.Node.HostPlace().InNetns(b.batch.Netns())
+		r := runIn(t, elsewhere, nil, cliProgram, "--admin-socket", w.Socket(), "explain", b.api.uid())
+		if r.code != 0 || !strings.HasPrefix(r.lastLine(), "cause: none: ") {
+			t.Errorf("exit status %d:\n%s%s", r.code, r.stdout, r.stderr)
+		}
+		r = runIn(t, elsewhere, nil, cliProgram, "--admin-socket", w.Socket(), "doctor")
+		if r.code != 0 || !strings.Contains(r.stdout, "this is not the agent's network namespace") {
+			t.Errorf("exit status %d:\n%s%s", r.code, r.stdout, r.stderr)
+		}
+		inside := []string{"unshare", "-C", "-m", "sh", "-c", `umount -l "$0" && mount -t cgroup2 none "$0" && exec "$@"`, w.Node.Cgroup2Mount()}
+		r = w.latchkeyUnder(t, inside, "explain", b.api.uid())
+		if r.code != 0 || !strings.Contains(r.stdout, "not the agent's view") {
+			t.Errorf("exit status %d:\n%s%s", r.code, r.stdout, r.stderr)
+		}
+		r = w.latchkeyUnder(t, inside, "doctor")
+		if r.code != 0 || !strings.Contains(r.stdout, "the cgroups seen here are not the agent's") {
+			t.Errorf("exit status %d:\n%s%s", r.code, r.stdout, r.stderr)
+		}
+	})
 	t.Run("log-level", func(t *testing.T) {
 		if got := as[adminapi.LogLevels](t, w, 0, "log-level"); got.Levels["cache"] != "info" {
 			t.Errorf("%+v", got)
