@@ -426,7 +426,7 @@ func TestCloseWhileSaving(t *testing.T) {
 		put(t, s.Client(), fmt.Sprint("key-", i), strings.Repeat("v", 100<<10))
 	}
 	var st Status
-	for deadline := time.Now().Add(patience); st.SizeBytes < 3<<20; time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(patience); st.SizeBytes < 2<<20; time.Sleep(5 * time.Millisecond) {
 		var err error
 		if st, err = s.Status(t.Context()); err != nil || time.Now().After(deadline) {
 			t.Fatal(st, err)
@@ -539,7 +539,7 @@ func TestDefragment(t *testing.T) {
 	}
 	// etcd brings what it has in its log to the database in batches.
 	var st Status
-	for deadline := time.Now().Add(patience); st.SizeBytes < 5<<20; {
+	for deadline := time.Now().Add(patience); st.SizeBytes < 3<<20; {
 		var err error
 		time.Sleep(5 * time.Millisecond)
 		if st, err = s.Status(t.Context()); err != nil || time.Now().After(deadline) {
