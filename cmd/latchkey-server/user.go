@@ -3,6 +3,7 @@
 package main
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -120,8 +121,8 @@ func newUserAdd(c *cli) *cobra.Command {
 				if err != nil {
 					return fmt.Errorf("read the permissions: %w", err)
 				}
-				if err := yaml.UnmarshalStrict(b, &u.Permissions); err != nil {
-					return fmt.Errorf("%w: %s: %w", permission.ErrPermission, file, err)
+				if u.Permissions, err = readPermissions(b, u); err != nil {
+					return fmt.Errorf("%s: %w", file, err)
 				}
 				if len(u.Permissions) == 0 {
 					return usage("--permissions %s: a list of permissions, as in the users file", file)
@@ -148,6 +149,27 @@ func newUserAdd(c *cli) *cobra.Command {
 	f.StringVar(&file, "permissions", "", "YAML `file` with a list of permissions; - for standard input")
 	f.StringVar(&node, "node", "", "`CLUSTER/NODE` whose agent gets these keys: they redeem tokens of pods there and nothing else")
 	return cmd
+}
+
+// readPermissions reads a list of permissions as the users file has it, with its
+// checks.
+func readPermissions(b []byte, u permission.User) ([]permission.Permission, error) {
+	var list any
+	if err := yaml.UnmarshalStrict(b, &list); err != nil {
+		return nil, fmt.Errorf("%w: %w", permission.ErrPermission, err)
+	}
+	doc, err := json.Marshal(map[string]any{"users": []any{map[string]any{
+		"name": u.Name, "permissions": list,
+		"keys": []any{map[string]string{"accessKeyId": u.Keys[0].ID, "secretAccessKey": u.Keys[0].Secret}},
+	}}})
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", permission.ErrPermission, err)
+	}
+	users, err := permission.Parse(doc) // JSON is YAML
+	if err != nil {
+		return nil, err
+	}
+	return users[0].Permissions, nil
 }
 
 func newUserRotate(c *cli) *cobra.Command {
