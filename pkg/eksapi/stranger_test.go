@@ -8,6 +8,10 @@ import (
 	"net/http"
 	"strings"
 	"testing"
+	"time"
+
+	"github.com/latchkey-dev/latchkey/pkg/eksapi"
+	"github.com/latchkey-dev/latchkey/test/standin/tokens"
 )
 
 // A stranger's request leaves at most one record in the audit log, and a short
@@ -47,5 +51,30 @@ func TestStrangersRecordsAreShort(t *testing.T) {
 				t.Errorf("%s: a record of %d bytes: %.200s", name, len(line), fmt.Sprintf("%+v", r))
 			}
 		}
+	}
+}
+
+// A limit that the threat model names: an exchange that is sent again is
+// answered while its date is good, and not later.
+func TestReplayedExchange(t *testing.T) {
+	at := time.Now()
+	clock := at
+	w := newWorld(t, func(c *eksapi.Config) { c.Now = func() time.Time { return clock } })
+	w.create("web", "api", role("api"))
+	body, err := json.Marshal(map[string]string{"token": signer(t, "prod").Token(tokens.Claims{Namespace: "web", ServiceAccount: "api"})})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := raw{user: "NODE1", path: exchangePath, at: at, body: string(body)}
+	for range 2 {
+		if a := w.send(r); a.status != 200 {
+			t.Fatalf("while its date is good: %d %s", a.status, a.body)
+		}
+	}
+	clock = at.Add(6 * time.Minute)
+	w.audited()
+	w.refused(r, 403, "InvalidSignatureException")
+	if got := w.audited(); len(got) != 1 || got[0].Caller != "" || got[0].IssuedAccessKeyID != "" {
+		t.Errorf("recorded %+v", got)
 	}
 }
