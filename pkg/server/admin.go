@@ -160,6 +160,7 @@ func (a *admin) handler() http.Handler {
 	}))
 	mux.HandleFunc("POST "+pathAssociations, answer(func(r *http.Request, in *AssociationSpec) (any, error) {
 		one, err := a.control.create(r.Context(), who(r.Context()), *in)
+		a.control.settle(r.Context(), one.Revision)
 		return associationSpecOf(one), err
 	}))
 	one := func(do func(ctx context.Context, is association.Association, in *updateRequest) (association.Association, error)) http.HandlerFunc {
@@ -169,6 +170,7 @@ func (a *admin) handler() http.Handler {
 				return nil, err
 			}
 			is, err = do(r.Context(), is, in)
+			a.control.settle(r.Context(), is.Revision)
 			return associationSpecOf(is), err
 		})
 	}

@@ -37,6 +37,15 @@ type control struct {
 	now   func() time.Time
 	// changed is told of every change, made or refused.
 	changed func(changeRecord)
+	// seen waits until the index has reached a revision, for a moment: whoever
+	// made a change may use it at once. Nil waits for nothing.
+	seen func(ctx context.Context, revision int64)
+}
+
+func (c *control) settle(ctx context.Context, revision int64) {
+	if c.seen != nil {
+		c.seen(ctx, revision)
+	}
 }
 
 // changeRecord is the audit record of a change made over the admin socket or by
@@ -98,6 +107,7 @@ func (c *control) putCluster(ctx context.Context, who string, spec ClusterSpec, 
 	if err != nil {
 		return ClusterSpec{}, err
 	}
+	c.settle(ctx, done.Revision)
 	return specOf(done), nil
 }
 
@@ -277,19 +287,21 @@ func (c *control) importFile(ctx context.Context, who string, f AssociationFile,
 	if dryRun {
 		return p, nil
 	}
+	newest := int64(0)
+	defer func() { c.settle(ctx, newest) }()
 	for i := range p.Changes {
 		ch := &p.Changes[i]
+		var a association.Association
 		var err error
 		switch ch.Action {
 		case ActionConflict:
 			continue
 		case ActionCreate:
-			var a association.Association
 			a, err = c.create(ctx, who, ch.after)
 			ch.ID = a.ID
 		case ActionUpdate:
 			is := there[slices.IndexFunc(there, func(a association.Association) bool { return a.ID == ch.ID })]
-			_, err = c.update(ctx, who, is, updateFor(is, ch.after))
+			a, err = c.update(ctx, who, is, updateFor(is, ch.after))
 		case ActionDelete:
 			is := there[slices.IndexFunc(there, func(a association.Association) bool { return a.ID == ch.ID })]
 			if _, err = c.remove(ctx, who, is); errors.Is(err, association.ErrNotFound) {
@@ -303,7 +315,7 @@ func (c *control) importFile(ctx context.Context, who string, f AssociationFile,
 			ch.Error = err.Error()
 			continue
 		}
-		ch.Applied = true
+		ch.Applied, newest = true, max(newest, a.Revision)
 	}
 	return p, nil
 }

@@ -158,6 +158,12 @@ func Run(ctx context.Context, cfg Config) error {
 	side, stopSide := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopSide()
 	s.metrics.registerState(s)
+	// Not before: until now nothing filled the index.
+	s.control.seen = func(ctx context.Context, revision int64) {
+		ctx, cancel := context.WithTimeout(ctx, time.Second)
+		defer cancel()
+		_ = s.index.Wait(ctx, revision)
+	}
 	if cfg.MetricsAddress != "" {
 		wg.Go(func() { s.keepServing(side, cfg.MetricsAddress, s.sideHandler()) })
 	}

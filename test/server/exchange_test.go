@@ -168,7 +168,13 @@ func TestExchange(t *testing.T) {
 	} {
 		wantAnswer(t, tc.what, s.exchange(tc.caller, tc.cluster, tc.token), tc.status, tc.code, tc.text)
 	}
+	if d := s.cli("doctor"); !strings.Contains(d, "arn:aws:iam::111122223333:user/AKIASERVER0000000000 in us-west-2") || strings.Contains(d, "fail") {
+		t.Errorf("doctor does not know who it is to STS:\n%s", d)
+	}
 	stsServer.Inject(sts.Fault{Kind: sts.Reset})
+	if d := s.try("", "doctor"); d.code != 4 || !strings.Contains(d.stdout, "GetCallerIdentity in us-west-2: ") {
+		t.Errorf("doctor with an STS that is away: %+v", d)
+	}
 	wantAnswer(t, "STS is away", s.exchange(agent, cluster, good), 503, "ServiceUnavailableException", "")
 	stsServer.ClearFaults()
 	wantAnswer(t, "STS is back", s.exchange(agent, cluster, good), 200, "", "web-reader")
