@@ -17,6 +17,7 @@ import (
 
 	"github.com/latchkey-dev/latchkey/pkg/commandline"
 	"github.com/latchkey-dev/latchkey/pkg/permission"
+	"github.com/latchkey-dev/latchkey/pkg/server"
 )
 
 // userView is a user without secrets.
@@ -60,10 +61,11 @@ func newUser(c *cli) *cobra.Command {
 	c.outputFlag(list)
 	remove := &cobra.Command{
 		Use: "remove NAME", Short: "Remove a user; its keys end at once", Args: args("NAME"),
-		RunE: func(_ *cobra.Command, given []string) error {
+		RunE: func(cmd *cobra.Command, given []string) error {
 			if err := permission.Remove(c.usersFile(), given[0]); err != nil {
 				return err
 			}
+			c.reload(cmd)
 			fmt.Fprintf(c.out, "removed %s\n", given[0])
 			return nil
 		},
@@ -98,7 +100,7 @@ func newUserAdd(c *cli) *cobra.Command {
 		Short: "Add a user and print its secret key, once",
 		Long: "add gives a user one permission, made of the flags, or those of a file (--permissions). Without any\n" +
 			"flag it may do everything in every cluster. --node makes the keys those of one node's agent.\n" +
-			"A running server reads the file within seconds.",
+			"A running server reads the file at once.",
 		Example: "  latchkey-server user add admin\n" +
 			"  latchkey-server user add web-team --cluster prod --namespace web --pass-role 'arn:aws:iam::111122223333:role/web/*'\n" +
 			"  latchkey-server user add node-7 --node prod/node-7",
@@ -137,6 +139,7 @@ func newUserAdd(c *cli) *cobra.Command {
 			if err := permission.Add(c.usersFile(), u); err != nil {
 				return err
 			}
+			c.reload(cmd)
 			c.printKey(u.Name, u.Keys[0])
 			return nil
 		},
@@ -180,8 +183,9 @@ func newUserRotate(c *cli) *cobra.Command {
 		Long: "rotate-key adds a key and prints its secret, once; the old one stays good until every client has the\n" +
 			"new one and rotate-key --finish takes all but the newest away.",
 		Args: args("NAME"),
-		RunE: func(_ *cobra.Command, given []string) error {
+		RunE: func(cmd *cobra.Command, given []string) error {
 			file := c.usersFile()
+			defer c.reload(cmd)
 			if !finish {
 				key := permission.NewAccessKey()
 				if err := permission.AddKey(file, given[0], key); err != nil {
@@ -214,6 +218,14 @@ func newUserRotate(c *cli) *cobra.Command {
 	}
 	cmd.Flags().BoolVar(&finish, "finish", false, "remove all keys but the newest")
 	return cmd
+}
+
+// reload has a running server read the users file now. It would by itself soon,
+// so that a server that cannot be asked is no error.
+func (c *cli) reload(cmd *cobra.Command) {
+	if err := c.client().ReloadUsers(cmd.Context()); err != nil && !errors.Is(err, server.ErrNoServer) && !errors.Is(err, server.ErrNotPermitted) {
+		fmt.Fprintln(c.errOut, "the server has not read the users file:", err)
+	}
 }
 
 // printKey writes a key as people put it into an environment or a credentials

@@ -28,6 +28,7 @@ const (
 	pathClusters     = "/v1/clusters"
 	pathAssociations = "/v1/associations"
 	pathImport       = "/v1/import"
+	pathReloadUsers  = "/v1/users/reload"
 )
 
 // maxAdmin bounds a request on the admin socket: a file of 5,000 associations
@@ -111,6 +112,8 @@ type admin struct {
 	doctor  func(context.Context) []Finding
 	// snapshot writes the store's content and returns its length.
 	snapshot func(context.Context, io.Writer) (int64, error)
+	// reloadUsers reads the users file now.
+	reloadUsers func() error
 }
 
 type whoKey struct{}
@@ -185,6 +188,9 @@ func (a *admin) handler() http.Handler {
 	}))
 	mux.HandleFunc("POST "+pathImport, answer(func(r *http.Request, in *importRequest) (any, error) {
 		return a.control.importFile(r.Context(), who(r.Context()), in.File, in.Prune, in.DryRun)
+	}))
+	mux.HandleFunc("POST "+pathReloadUsers, answer(func(*http.Request, *struct{}) (any, error) {
+		return struct{}{}, a.reloadUsers()
 	}))
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		writeJSON(w, http.StatusNotFound, Problem{problemNotFound, "this server knows no " + r.Method + " " + r.URL.Path})

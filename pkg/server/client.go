@@ -93,6 +93,13 @@ func (c *Client) CreateAssociation(ctx context.Context, s AssociationSpec) (Asso
 	return call[AssociationSpec](ctx, c, http.MethodPost, pathAssociations, nil, s)
 }
 
+// ReloadUsers has the server read its users file now; it does so by itself
+// within seconds.
+func (c *Client) ReloadUsers(ctx context.Context) error {
+	_, err := call[struct{}](ctx, c, http.MethodPost, pathReloadUsers, nil, struct{}{})
+	return err
+}
+
 // Selector names an association: by ID, or by namespace and service account.
 type Selector struct{ Cluster, Namespace, ServiceAccount, ID string }
 

@@ -167,7 +167,7 @@ func Run(ctx context.Context, cfg Config) error {
 	if cfg.MetricsAddress != "" {
 		wg.Go(func() { s.keepServing(side, cfg.MetricsAddress, s.sideHandler()) })
 	}
-	a := &admin{control: s.control, log: s.log, status: s.status, doctor: s.examine, snapshot: s.snapshot}
+	a := &admin{control: s.control, log: s.log, status: s.status, doctor: s.examine, snapshot: s.snapshot, reloadUsers: s.users.Reload}
 	adminServer := newHTTPServer(a.handler())
 	// A doctor or an import takes longer than a client of the API may.
 	adminServer.ReadTimeout, adminServer.WriteTimeout = time.Minute, 10*time.Minute

@@ -16,6 +16,7 @@ import (
 
 // What a client of the association API does all day, with aws-sdk-go-v2.
 func TestGoSDK(t *testing.T) {
+	t.Parallel()
 	s := start(t)
 	s.addCluster(cluster, newSigner(t))
 	c, ctx := s.eks(s.user("admin")), s.ctx
@@ -124,6 +125,7 @@ func importMany(s *server, n int, namespace func(i int) string) {
 }
 
 func TestGoSDKLists(t *testing.T) {
+	t.Parallel()
 	s := start(t)
 	s.addCluster(cluster, newSigner(t))
 	c, ctx := s.eks(s.user("admin")), s.ctx
@@ -179,6 +181,7 @@ func TestGoSDKLists(t *testing.T) {
 
 // Every refusal has its documented code and status, and changes nothing.
 func TestGoSDKRefusals(t *testing.T) {
+	t.Parallel()
 	s := start(t)
 	s.addCluster(cluster, newSigner(t))
 	admin := s.user("admin")
@@ -290,6 +293,7 @@ func TestGoSDKRefusals(t *testing.T) {
 
 // Who may not, may not; whoever asks.
 func TestGoSDKPermissions(t *testing.T) {
+	t.Parallel()
 	s := start(t)
 	s.addCluster(cluster, newSigner(t))
 	s.addCluster("other", newSigner(t))

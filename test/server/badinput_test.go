@@ -76,6 +76,7 @@ func (s *server) raw(c aws.Credentials, q raw) (status int, code, message string
 
 // Whatever is sent, the answer is one that an SDK can read, and nothing changes.
 func TestBadInput(t *testing.T) {
+	t.Parallel()
 	s := start(t)
 	s.addCluster(cluster, newSigner(t))
 	admin := s.user("admin")
@@ -139,6 +140,7 @@ func TestBadInput(t *testing.T) {
 
 // A condition on tags holds, and cannot be got round by tagging.
 func TestTagConditions(t *testing.T) {
+	t.Parallel()
 	s := start(t)
 	s.addCluster(cluster, newSigner(t))
 	s.cli("association", "create", "-c", cluster, "-n", "web", "-s", "ours", "-r", roleARN("r"), "--tag", "team=web")

@@ -181,12 +181,14 @@ func check(t *testing.T, what string, r reply, code string, status int, text str
 }
 
 func TestPrivilegedJavaScriptSDK(t *testing.T) {
+	t.Parallel()
 	s := start(t)
 	s.addCluster(cluster, newSigner(t))
 	everyOperation(t, s, newJS(s, s.user("admin")), newJS(s, s.user("nobody", "--action", "eks:List*", "--namespace", "none")))
 }
 
 func TestPrivilegedAWSCLI(t *testing.T) {
+	t.Parallel()
 	s := start(t)
 	signer := newSigner(t)
 	s.addCluster(cluster, signer)

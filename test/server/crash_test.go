@@ -21,6 +21,7 @@ import (
 // The process is killed under writes. Whatever was acknowledged is there
 // afterwards, as it was acknowledged, and nothing is there twice.
 func TestKill(t *testing.T) {
+	t.Parallel()
 	kills := 4
 	if v := os.Getenv("LATCHKEY_KILLS"); v != "" {
 		n, err := strconv.Atoi(v)

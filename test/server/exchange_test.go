@@ -101,6 +101,7 @@ func wantAnswer(t *testing.T, what string, a answer, status int, code, text stri
 }
 
 func TestExchange(t *testing.T) {
+	t.Parallel()
 	stsServer, err := sts.Start(sts.Config{Callers: map[string]sts.Caller{"AKIASERVER0000000000": {SecretAccessKey: "server's own"}}})
 	if err != nil {
 		t.Fatal(err)
@@ -304,6 +305,7 @@ func (f *fakeAPIServer) kubeconfig(t *testing.T, dir string) string {
 // The keys are fetched once and pinned; a deleted pod's token is refused, and
 // an API server that does not answer is no reason to refuse one.
 func TestExchangeWithTokenReview(t *testing.T) {
+	t.Parallel()
 	s := start(t)
 	api := newAPIServer(t, newSigner(t))
 	kubeconfig := api.kubeconfig(t, s.dir)
@@ -353,6 +355,7 @@ func TestExchangeWithTokenReview(t *testing.T) {
 
 // An agent proves its node with its own token, and is then that node only.
 func TestNodeCredentials(t *testing.T) {
+	t.Parallel()
 	s := start(t)
 	signer := newSigner(t)
 	s.addCluster(cluster, signer, "--agent", "latchkey/agent")

@@ -43,6 +43,7 @@ func writeFile(t *testing.T, dir, name, text string) string {
 // Associations live in git: what was exported changes nothing when it is
 // imported, and the file's word is made true.
 func TestAssociationsAsYAML(t *testing.T) {
+	t.Parallel()
 	s := start(t)
 	s.addCluster(cluster, newSigner(t))
 	s.cli("association", "create", "-c", cluster, "-n", "web", "-s", "api", "-r", roleARN("a"), "--tag", "team=web")
@@ -93,6 +94,7 @@ associations:
 }
 
 func TestSnapshot(t *testing.T) {
+	t.Parallel()
 	s := start(t)
 	s.addCluster(cluster, newSigner(t))
 	importMany(s, 300, func(int) string { return "web" })
@@ -129,6 +131,7 @@ func TestSnapshot(t *testing.T) {
 }
 
 func TestUserKeys(t *testing.T) {
+	t.Parallel()
 	s := start(t)
 	s.addCluster(cluster, newSigner(t))
 	old := s.user("team")
@@ -212,6 +215,7 @@ func certificate(t *testing.T, dir string, serial int64) (pool *x509.CertPool) {
 }
 
 func TestTLS(t *testing.T) {
+	t.Parallel()
 	s := newServer(t, "--stand-in-sts")
 	first := certificate(t, s.dir, 1)
 	s.args = append(s.args, "--tls-cert", filepath.Join(s.dir, "tls.crt"), "--tls-key", filepath.Join(s.dir, "tls.key"))
@@ -247,6 +251,7 @@ func TestTLS(t *testing.T) {
 }
 
 func TestRefusesToStart(t *testing.T) {
+	t.Parallel()
 	running := start(t)
 	for _, tc := range []struct {
 		name string
@@ -289,6 +294,7 @@ func TestRefusesToStart(t *testing.T) {
 
 // A file has the flags' names; the command line wins.
 func TestConfigFile(t *testing.T) {
+	t.Parallel()
 	signer := newSigner(t)
 	s := newServer(t)
 	keys := writeFile(t, s.dir, "sa.pub", string(signer.PEM()))
@@ -336,6 +342,7 @@ clusters:
 // The store has no listener: what the process listens on is the two addresses
 // and the admin socket in a directory of its own.
 func TestListensOnNothingElse(t *testing.T) {
+	t.Parallel()
 	s := start(t)
 	inodes := map[string]bool{}
 	fds := fmt.Sprintf("/proc/%d/fd", s.cmd.Process.Pid)

@@ -17,6 +17,7 @@ import (
 
 // Whoever was asking when the server is told to stop is answered.
 func TestStopsGracefully(t *testing.T) {
+	t.Parallel()
 	standin := sts.New(sts.Config{AnyRole: true, Callers: map[string]sts.Caller{"AKIASERVER0000000000": {SecretAccessKey: "server's own"}}})
 	asked := make(chan struct{}, 16)
 	stsServer := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -62,6 +63,7 @@ func TestStopsGracefully(t *testing.T) {
 
 // A collector that is away costs nobody anything.
 func TestTracesToNobody(t *testing.T) {
+	t.Parallel()
 	s := start(t, "--traces-endpoint", "http://127.0.0.1:1")
 	signer := newSigner(t)
 	s.addCluster(cluster, signer)
