@@ -162,7 +162,7 @@ func run(ctx context.Context) (err error) {
 	d.cli(bounded, "whois", string(batch.UID))
 
 	if os.Getenv("KEEP") == "1" {
-		d.keep(ctx, batch)
+		d.keep(ctx, server, batch)
 		// The person's Ctrl-C, or the time that passed, must not end the
 		// clean-up as well.
 		bounded, cancel = context.WithTimeout(context.WithoutCancel(ctx), longest)
@@ -366,9 +366,10 @@ func (d *demo) secrets(where, log string, tokens ...string) {
 	d.expect(clean, "no token in %s (%d lines)", where, strings.Count(log, "\n"))
 }
 
-func (d *demo) keep(ctx context.Context, pod *rig.Pod) {
+func (d *demo) keep(ctx context.Context, server *rig.Server, pod *rig.Pod) {
 	d.step("KEEP=1: everything stays until Ctrl-C")
 	d.say("the table:        %s/latchkey pods --admin-socket %s", d.bin, d.rig.Socket())
+	d.say("the server:       %s/latchkey-server status --state-dir %s", d.bin, server.StateDir())
 	d.say("the node's netns: nsenter --net=%s", fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), d.rig.Node.NetnsFD()))
 	d.say("pins:             %s", d.rig.PinPath())
 	d.say("a pod:            %s, cgroup %s", pod.Name, pod.CgroupDir())

@@ -120,6 +120,9 @@ func Run(ctx context.Context, cfg Config) error {
 	defer cancelStart()
 
 	if s.etcd, err = etcd.Start(starting, etcd.Config{Dir: EtcdDir(cfg.StateDir), QuotaBytes: cfg.StoreQuota, Log: s.log}); err != nil {
+		if ctx.Err() != nil {
+			return nil // told to stop meanwhile
+		}
 		if errors.Is(err, etcd.ErrLocked) {
 			return fmt.Errorf("%w: %w", ErrAnotherServer, err)
 		}

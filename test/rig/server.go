@@ -145,6 +145,9 @@ func (s *Server) EKS() *eks.Client {
 	})
 }
 
+// StateDir is the server's.
+func (s *Server) StateDir() string { return s.dir }
+
 // Audit is what the server has written into its audit log.
 func (s *Server) Audit() (string, error) {
 	b, err := os.ReadFile(filepath.Join(s.dir, "audit.jsonl"))
