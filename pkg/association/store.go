@@ -265,17 +265,22 @@ func (s *Store) Create(ctx context.Context, in CreateInput) (Association, error)
 		if err != nil {
 			return Association{}, err
 		}
-		// A repeated call gets its answer before anything is judged that may have
+		if in.Allow != nil {
+			if err := in.Allow(c); err != nil {
+				return Association{}, err
+			}
+		}
+		// A repeated call gets its answer before anything else is judged that may have
 		// changed meanwhile.
 		if id, err := s.replayed(ctx, &use, r, 2); err != nil {
 			return Association{}, err
 		} else if id != "" {
-			a, err := s.Describe(ctx, in.Cluster, id)
+			c, a, _, err := s.read(ctx, in.Cluster, id)
 			if errors.Is(err, ErrNotFound) {
 				continue // deleted this moment: the token has ended
 			}
 			if err == nil && in.Check != nil {
-				err = in.Check(a)
+				err = in.Check(c, a)
 			}
 			if err != nil {
 				return Association{}, err

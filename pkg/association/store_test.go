@@ -303,6 +303,36 @@ func TestOwned(t *testing.T) {
 var errDenied = errors.New("denied")
 
 // Check judges what is there, not what the caller believes is there.
+// A create is judged on the cluster that the transaction sees, before anything
+// is told of what is there.
+func TestCreateIsJudgedInItsTransaction(t *testing.T) {
+	s := newTestStore(t, nil)
+	in := input("web", "api")
+	times := 0
+	in.Allow = func(c Cluster) error {
+		if times++; times > 1 {
+			if c.Tags["team"] != "other" {
+				t.Errorf("judged on tags %v", c.Tags)
+			}
+			return errDenied
+		}
+		// Given to another team between look and write.
+		return s.Tag(t.Context(), c.ARN, map[string]string{"team": "other"}, nil)
+	}
+	if _, err := s.Create(t.Context(), in); err != errDenied || times != 2 {
+		t.Errorf("%v after %d times", err, times)
+	}
+	if l, err := s.List(t.Context(), ListInput{Cluster: "prod"}); err != nil || len(l.Associations) != 0 {
+		t.Errorf("%+v, %v", l, err)
+	}
+	in.Allow = nil
+	mustCreate(t, s, in)
+	in.Allow, in.ClientToken = func(Cluster) error { return errDenied }, "another"
+	if _, err := s.Create(t.Context(), in); err != errDenied {
+		t.Errorf("told that it is there: %v", err)
+	}
+}
+
 func TestCheck(t *testing.T) {
 	s := newTestStore(t, nil)
 	a := mustCreate(t, s, input("web", "api"))

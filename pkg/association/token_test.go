@@ -50,7 +50,7 @@ func TestCreateTokens(t *testing.T) {
 	}
 	// What a token made is judged before it is shown.
 	b := in
-	b.Check = func(got Association) error {
+	b.Check = func(_ Cluster, got Association) error {
 		if got.ID != a.ID {
 			t.Errorf("checked %+v", got)
 		}

@@ -116,9 +116,15 @@ type CreateInput struct {
 	ClientToken string
 	// OwnerARN is set by add-ons only.
 	OwnerARN string
+	// Allow, if there is one, judges the cluster as it is when the association is
+	// made: the transaction then requires that it still is what Allow saw. It runs
+	// before anything is told of what is there, maybe more than once. Its error is
+	// returned as it is.
+	Allow func(Cluster) error
 	// Check, if there is one, judges a result that was made by an earlier call
-	// with the same ClientToken, before it is returned. Its error is Create's.
-	Check func(existing Association) error
+	// with the same ClientToken, before it is returned, in the cluster as it is
+	// now. Its error is Create's.
+	Check func(in Cluster, existing Association) error
 }
 
 // UpdateInput is what UpdatePodIdentityAssociation gives. At least one of the

@@ -125,17 +125,22 @@ func (c *call) create() (any, error) {
 			return nil, c.invalidParameter("The parameter " + required.name + " is required.")
 		}
 	}
-	allowed := func(roles ...string) error {
+	allowed := func(cluster association.Cluster, roles ...string) error {
 		return c.allow(permission.Request{Action: c.route.op.action, Cluster: cluster.Name, Namespace: in.Namespace,
 			Resource: cluster.ARN, PassRoles: roles, ResourceTags: cluster.Tags, RequestTags: in.Tags})
 	}
-	if err := allowed(in.RoleARN, value(in.TargetRoleARN)); err != nil {
+	// Now, so that who may not is told that and not what is wrong with the request;
+	// and again in the transaction, whose cluster may have other tags.
+	if err := allowed(cluster, in.RoleARN, value(in.TargetRoleARN)); err != nil {
 		return nil, err
+	}
+	in.Allow = func(cluster association.Cluster) error {
+		return allowed(cluster, in.RoleARN, value(in.TargetRoleARN))
 	}
 	// A repeated call is answered with what the first one made, which somebody else
 	// may have changed since.
-	in.Check = func(existing association.Association) error {
-		return allowed(existing.RoleARN, existing.TargetRoleARN)
+	in.Check = func(cluster association.Cluster, existing association.Association) error {
+		return allowed(cluster, existing.RoleARN, existing.TargetRoleARN)
 	}
 	a, err := c.Associations.Create(c.r.Context(), in)
 	if err != nil {

@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"github.com/latchkey-dev/latchkey/pkg/association"
+	"github.com/latchkey-dev/latchkey/pkg/evidence"
 	"github.com/latchkey-dev/latchkey/pkg/nodeauth"
 	"github.com/latchkey-dev/latchkey/pkg/permission"
 	"github.com/latchkey-dev/latchkey/pkg/sigv4"
@@ -40,7 +41,7 @@ const DefaultAgents = "kube-system/latchkey-agent"
 var (
 	// ErrInvalid: not a token that proves a node. 400 InvalidTokenException.
 	ErrInvalid = errors.New("the token proves no node")
-	// ErrExpired: 400 ExpiredTokenException.
+	// ErrExpired: 400 InvalidTokenException, as if it were ErrInvalid.
 	ErrExpired = errors.New("the token is expired")
 	// ErrNotAgent: a good token, of a service account that is no agent's. 403
 	// AccessDeniedException.
@@ -107,8 +108,11 @@ func (g Grant) LogValue() slog.Value { return slog.StringValue(g.String()) }
 
 // Event is what Config.Observe is told of each exchange. It has no secret.
 type Event struct {
-	// Cluster is the cluster asked for.
+	// Cluster is the cluster asked for. There may be none of that name.
 	Cluster string
+	// Peer is the other end of the connection, which may be a proxy; empty without
+	// one.
+	Peer string
 	// Grant's secrets are empty; all of it is if Err is set.
 	Grant Grant
 	// Err is why there are no keys.
@@ -168,11 +172,21 @@ func New(cfg Config) (*Exchanger, error) {
 
 // Exchange trades a token for keys. Errors are of type *Error.
 func (e *Exchanger) Exchange(ctx context.Context, cluster association.Cluster, token string) (Grant, error) {
-	grant, err := e.exchange(ctx, cluster, token)
+	return e.exchangeAs(ctx, cluster, true, token, "")
+}
+
+// exchangeAs is Exchange for a caller at peer. If the cluster is not known, it
+// has a name only, and the token is refused like a bad one.
+func (e *Exchanger) exchangeAs(ctx context.Context, cluster association.Cluster, known bool, token, peer string) (grant Grant, err error) {
+	if known {
+		grant, err = e.exchange(ctx, cluster, token)
+	} else {
+		err = &Error{kind: ErrInvalid, message: messageInvalid, cause: errNoCluster}
+	}
 	if e.cfg.Observe != nil {
 		shown := grant
 		shown.SecretAccessKey, shown.SessionToken = "", ""
-		e.cfg.Observe(Event{Cluster: cluster.Name, Grant: shown, Err: err})
+		e.cfg.Observe(Event{Cluster: cluster.Name, Peer: peer, Grant: shown, Err: err})
 	}
 	return grant, err
 }
@@ -197,7 +211,7 @@ func (e *Exchanger) exchange(ctx context.Context, cluster association.Cluster, t
 	}
 	expires = expires.UTC().Truncate(time.Second)
 	if !now.Before(expires) { // the checker allows for clocks that differ
-		return Grant{}, &Error{kind: ErrExpired, message: "The token included in the request is expired"}
+		return Grant{}, &Error{kind: ErrExpired, message: messageInvalid}
 	}
 	random := make([]byte, 40)
 	_, _ = rand.Read(random) // never fails since Go 1.24
@@ -224,7 +238,16 @@ func (e *Exchanger) exchange(ctx context.Context, cluster association.Cluster, t
 	return grant, nil
 }
 
-const messageUnavailable = "Node credentials cannot be given now, try again."
+const (
+	messageUnavailable = "Node credentials cannot be given now, try again."
+	// messageInvalid is one text for all that is wrong with a token before its
+	// signature counts, and for a cluster that does not exist. The audit log has
+	// which it was.
+	messageInvalid = "There is no cluster of this name, or the token is not one that it gave to an agent, or is out of date."
+)
+
+// errNoCluster is the cause of a refusal, for the log.
+var errNoCluster = errors.New("there is no cluster of this name")
 
 // tokenError gives an error of pkg/tokencheck its meaning here.
 func tokenError(err error) error {
@@ -236,8 +259,12 @@ func tokenError(err error) error {
 	switch {
 	case errors.Is(err, tokencheck.ErrInvalid):
 		e.kind = ErrInvalid
+		var reasoned interface{ Reason() evidence.Reason }
+		if !errors.As(err, &reasoned) || reasoned.Reason() != tokencheck.ReasonNotAlive && reasoned.Reason() != tokencheck.ReasonReviewMismatch {
+			e.message = messageInvalid
+		}
 	case errors.Is(err, tokencheck.ErrExpired):
-		e.kind = ErrExpired
+		e.kind, e.message = ErrExpired, messageInvalid
 	}
 	return e
 }

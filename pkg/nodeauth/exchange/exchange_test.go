@@ -385,7 +385,7 @@ func TestHandler(t *testing.T) {
 	}{
 		"good":               {"a", string(good), 200, ""},
 		"unknown members":    {"a", `{"more":[{}],` + string(good[1:]), 200, ""},
-		"no such cluster":    {"none", string(good), 404, "ResourceNotFoundException"},
+		"no such cluster":    {"none", string(good), 400, "InvalidTokenException"},
 		"another cluster":    {"b", string(good), 400, "InvalidTokenException"},
 		"a pod's token":      {"a", `{"token":"` + r.a.Token(tokens.Claims{}) + `"}`, 400, "InvalidTokenException"},
 		"no agent":           {"a", `{"token":"` + r.a.Token(tokens.Claims{Audience: nodeauth.Audience}) + `"}`, 403, "AccessDeniedException"},
@@ -393,7 +393,7 @@ func TestHandler(t *testing.T) {
 		"no JSON":            {"a", `token=x`, 400, "InvalidRequestException"},
 		"another type":       {"a", `{"token":1}`, 400, "InvalidRequestException"},
 		"too large":          {"a", `{"token":"` + strings.Repeat("x", maxBody) + `"}`, 413, "InvalidRequestException"},
-		"escaped characters": {"a/b", string(good), 404, "ResourceNotFoundException"},
+		"escaped characters": {"a/b", string(good), 400, "InvalidTokenException"},
 	} {
 		w := post(c.cluster, c.body)
 		if w.Code != c.status || w.Header().Get("X-Amzn-ErrorType") != c.code || w.Header().Get("X-Amzn-RequestId") == "" ||
@@ -408,6 +408,37 @@ func TestHandler(t *testing.T) {
 	r.clusters.set(func() { r.clusters.away = true })
 	if w := post("a", string(good)); w.Code != 503 || w.Header().Get("X-Amzn-ErrorType") != "ServiceUnavailableException" {
 		t.Errorf("not ready: %d", w.Code)
+	}
+}
+
+// Whoever has no token of the cluster is not told whether there is one.
+func TestClustersAreNotTold(t *testing.T) {
+	r := start(t)
+	mux := http.NewServeMux()
+	mux.Handle(Pattern, r)
+	post := func(cluster, token string) string {
+		body, err := json.Marshal(nodeauth.Request{Token: token})
+		if err != nil {
+			t.Fatal(err)
+		}
+		w := httptest.NewRecorder()
+		mux.ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), http.MethodPost, nodeauth.Path(cluster), bytes.NewReader(body)))
+		return fmt.Sprint(w.Code, w.Header().Get("X-Amzn-ErrorType"), w.Body)
+	}
+	good := r.a.Token(agent())
+	for name, token := range map[string]string{
+		"junk":               "x",
+		"of another cluster": r.b.Token(agent()),
+		"an old one of it": r.b.Token(agent(func(c *tokens.Claims) {
+			c.IssuedAt, c.Expiry = r.clock.Now().Add(-3*time.Hour), r.clock.Now().Add(-2*time.Hour)
+		})),
+		"for another audience": r.b.Token(agent(func(c *tokens.Claims) { c.Audience = "x" })),
+		"a changed signature":  good[:len(good)-4] + "AAAA",
+		"no signature":         good[:strings.LastIndex(good, ".")+1],
+	} {
+		if there, not := post("a", token), post("none", token); there != not {
+			t.Errorf("%s: %s\nwithout a cluster: %s", name, there, not)
+		}
 	}
 }
 

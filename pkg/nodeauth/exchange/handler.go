@@ -55,17 +55,16 @@ func (e *Exchanger) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	name := r.PathValue("name")
 	cluster, ok := e.cfg.Clusters.Cluster(name)
 	if !ok {
-		fail(w, http.StatusNotFound, "ResourceNotFoundException", "No cluster found for name: "+name+".")
-		return
+		// Whoever has proved nothing is not told which clusters there are.
+		cluster.Name = name
 	}
-	grant, err := e.Exchange(r.Context(), cluster, in.Token)
+	grant, err := e.exchangeAs(r.Context(), cluster, ok, in.Token, r.RemoteAddr)
 	if err != nil {
 		status, code := http.StatusServiceUnavailable, "ServiceUnavailableException"
 		switch {
-		case errors.Is(err, ErrInvalid):
+		case errors.Is(err, ErrInvalid), errors.Is(err, ErrExpired):
+			// Alike, as the time is judged before the signature.
 			status, code = http.StatusBadRequest, "InvalidTokenException"
-		case errors.Is(err, ErrExpired):
-			status, code = http.StatusBadRequest, "ExpiredTokenException"
 		case errors.Is(err, ErrNotAgent):
 			status, code = http.StatusForbidden, "AccessDeniedException"
 		}

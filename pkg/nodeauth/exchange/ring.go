@@ -41,7 +41,8 @@ const (
 
 	keyIDSize  = 8
 	secretSize = 32
-	// maxKeys bounds what is read; there are two, or three for an hour.
+	// maxKeys bounds what is read; there is one, or two for the overlap after a
+	// rotation, and more only if somebody rotates by hand.
 	maxKeys = 64
 	// sessionMark begins every session token. It names the form that follows.
 	sessionMark = "LKN1"
@@ -160,17 +161,18 @@ func (r *Ring) Run(ctx context.Context) error {
 	}
 }
 
-// Refresh reads the keys, and makes or rotates them if it is time.
+// Refresh reads the keys, makes or rotates them if it is time, and throws away
+// those that have nothing to open any more, in the store too.
 func (r *Ring) Refresh(ctx context.Context) error {
 	r.refreshing.Lock()
 	defer r.refreshing.Unlock()
 	return r.change(ctx, func(keys []ringKey) ([]ringKey, error) {
 		now := r.cfg.Now()
-		switch {
-		case len(keys) == 0:
+		if keys = retire(keys, now); len(keys) == 0 {
 			k, err := newRingKey(now)
 			return []ringKey{k}, err
-		case now.Before(keys[len(keys)-1].activeFrom.Add(r.cfg.RotateEvery)):
+		}
+		if now.Before(keys[len(keys)-1].activeFrom.Add(r.cfg.RotateEvery)) {
 			return keys, nil
 		}
 		// Not used before every server has had time to read it.
@@ -179,7 +181,7 @@ func (r *Ring) Refresh(ctx context.Context) error {
 			return nil, err
 		}
 		r.cfg.Log.Info("the key for node credentials is rotated", "active_from", k.activeFrom)
-		return append(retire(keys, now), k), nil
+		return append(keys, k), nil
 	})
 }
 
