@@ -241,7 +241,8 @@ func (c *call) finish(answer any, err error) {
 	c.w.WriteHeader(status)
 	_, _ = c.w.Write(body) // a client that is gone is nobody's error
 	if c.Observe != nil {
-		c.Observe(Observation{Operation: operation, Status: status, Code: code, Duration: c.Now().Sub(c.start)})
+		c.Observe(Observation{Operation: operation, Status: status, Code: code, Duration: c.Now().Sub(c.start),
+			Stranger: c.route.op != nil && !c.verified, Unrecorded: c.unrecorded})
 	}
 }
 

@@ -16,34 +16,43 @@ import (
 // maxDepth is how deep a body may nest; what is known nests two deep.
 const maxDepth = 32
 
-// readBody reads the body as far as its operation allows.
-func (c *call) readBody() error {
-	if len(c.r.Header["Authorization"]) == 0 {
-		// It will be refused for that, whatever it says.
-		return nil
-	}
+// readBody reads the body as far as its operation allows. release must be called
+// when the caller is known, or refused.
+func (c *call) readBody() (release func(), err error) {
+	release = func() {}
 	most := c.route.op.maxBody
 	if c.r.ContentLength > most {
 		// It is not read, so the connection cannot go on.
 		c.w.Header().Set("Connection", "close")
-		return c.invalidRequest(fmt.Sprintf("The request body is larger than %d bytes.", most))
+		return release, c.invalidRequest(fmt.Sprintf("The request body is larger than %d bytes.", most))
 	}
 	if c.r.Body == nil || c.r.ContentLength == 0 {
-		return nil
+		return release, nil
 	}
 	var buf bytes.Buffer
 	if c.r.ContentLength > 0 {
-		buf.Grow(int(c.r.ContentLength) + bytes.MinRead)
+		buf.Grow(int(min(c.r.ContentLength, freeBody)) + bytes.MinRead)
 	}
-	if _, err := buf.ReadFrom(http.MaxBytesReader(c.w, c.r.Body, most)); err != nil {
+	body := http.MaxBytesReader(c.w, c.r.Body, most)
+	_, err = buf.ReadFrom(io.LimitReader(body, freeBody))
+	if err == nil && buf.Len() == freeBody && c.r.ContentLength != freeBody {
+		take, ok := c.bodies.take(c.r.RemoteAddr)
+		if !ok {
+			c.w.Header().Set("Connection", "close")
+			return release, &fault{status: http.StatusServiceUnavailable, code: unavailable, message: "Too many large requests, try again."}
+		}
+		release = take
+		_, err = buf.ReadFrom(body)
+	}
+	if err != nil {
 		var tooLarge *http.MaxBytesError
 		if errors.As(err, &tooLarge) {
-			return c.invalidRequest(fmt.Sprintf("The request body is larger than %d bytes.", most))
+			return release, c.invalidRequest(fmt.Sprintf("The request body is larger than %d bytes.", most))
 		}
-		return c.invalidRequest("The request body could not be read.")
+		return release, c.invalidRequest("The request body could not be read.")
 	}
 	c.body = buf.Bytes()
-	return nil
+	return release, nil
 }
 
 // member is one of a body that is known, and where it goes: *string, **string,

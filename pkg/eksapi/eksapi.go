@@ -4,7 +4,7 @@
 // API on the wire (rest-json), so that the AWS CLI, every SDK and Terraform work
 // with an endpoint URL.
 //
-// One call goes: route, body, signature, rate limit, permission, then the
+// One call goes: route, headers, body, signature, rate limit, permission, then the
 // store, or, for AssumeRoleForPodIdentity, token, node, association and STS.
 // Whatever fails is answered with a documented error in JSON. What is uncertain
 // is a 5xx, because clients drop good credentials on some 4xx.
@@ -25,6 +25,7 @@ import (
 	"github.com/latchkey-dev/latchkey/pkg/issuer"
 	"github.com/latchkey-dev/latchkey/pkg/permission"
 	"github.com/latchkey-dev/latchkey/pkg/sigv4"
+	"github.com/latchkey-dev/latchkey/pkg/strangers"
 	"github.com/latchkey-dev/latchkey/pkg/tokencheck"
 )
 
@@ -102,6 +103,9 @@ type Observation struct {
 	// Code is the error's name, empty for success.
 	Code     string
 	Duration time.Duration
+	// Stranger: the caller has not proved who it is. Unrecorded: its record was
+	// left out; TypeUnrecorded.
+	Stranger, Unrecorded bool
 }
 
 // Config of the API. Zero values mean what the field says.
@@ -125,9 +129,13 @@ type Config struct {
 	MaxBehind time.Duration
 	// Limits are per caller.
 	Limits Limits
+	// Strangers bounds what callers can cost who have proved nothing; nil: one with
+	// the defaults.
+	Strangers *strangers.Limits
 	// Audit is called exactly once for each change and each exchange, whatever
-	// becomes of it, before it is answered. It must not block for long. Nil: nobody
-	// is told.
+	// becomes of it, before it is answered; but of callers that have not proved who
+	// they are only as often as Strangers allows, and then with a summary of the
+	// others. It must not block for long. Nil: nobody is told.
 	Audit func(Record)
 	// Observe is called after each call. It must not block. Nil: nobody is told.
 	Observe func(Observation)
@@ -142,6 +150,7 @@ type api struct {
 	Config
 	verifier *sigv4.Verifier
 	limits   *limiters
+	bodies   *bodies
 }
 
 // New makes the handler. It answers every request, those that it does not know
@@ -171,11 +180,14 @@ func New(cfg Config) (http.Handler, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
+	if cfg.Strangers == nil {
+		cfg.Strangers = strangers.New(strangers.Config{Now: cfg.Now})
+	}
 	verifier, err := sigv4.New(sigv4.Config{Keys: cfg.Keys, Skew: cfg.Skew, Now: cfg.Now})
 	if err != nil {
 		return nil, err
 	}
-	return &api{Config: cfg, verifier: verifier, limits: newLimiters(cfg.Limits, cfg.Now)}, nil
+	return &api{Config: cfg, verifier: verifier, limits: newLimiters(cfg.Limits, cfg.Now), bodies: newBodies()}, nil
 }
 
 // call is one request on its way.
@@ -193,11 +205,14 @@ type call struct {
 	region   string
 	record   Record
 	recorded bool
+	// unrecorded: there is no record, as there have been many.
+	unrecorded bool
 }
 
 // ServeHTTP answers one call.
 func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	c := &call{api: a, r: r, w: w, start: a.Now(), id: uuid.NewString()}
+	a.summarise()
 	answer, err := c.serve()
 	c.finish(answer, err)
 }
@@ -214,9 +229,6 @@ func (c *call) serve() (answer any, err error) {
 	if c.route, f = parseRoute(c.r); f != nil {
 		return nil, f
 	}
-	if err := c.readBody(); err != nil {
-		return nil, err
-	}
 	if err := c.authenticate(); err != nil {
 		return nil, err
 	}
@@ -226,16 +238,21 @@ func (c *call) serve() (answer any, err error) {
 	return c.route.op.serve(c)
 }
 
-// authenticate finds out who calls.
+// authenticate reads the body and finds out who calls.
 func (c *call) authenticate() error {
-	result, err := c.verifier.Verify(c.r, c.body, c.route.op.service)
+	exhausted := c.Strangers.Exhausted(c.r.RemoteAddr)
+	result, err := c.verify(exhausted)
 	var refused *sigv4.Error
-	if err != nil && !errors.As(err, &refused) {
+	var f *fault
+	switch {
+	case errors.As(err, &refused), errors.As(err, &f):
+		if f == nil || f.status < 500 {
+			c.Strangers.Failed(c.r.RemoteAddr)
+		}
+		return err
+	case err != nil:
 		// Not the request's fault: the keys could not be looked up.
 		return &fault{status: http.StatusServiceUnavailable, code: unavailable, message: "The access key cannot be checked now, try again.", cause: err}
-	}
-	if err != nil {
-		return err
 	}
 	principal, ok := result.Principal.(permission.Principal)
 	if !ok {
@@ -244,6 +261,34 @@ func (c *call) authenticate() error {
 	c.verified, c.caller, c.region = true, principal, result.Region
 	c.record.AccessKeyID = result.AccessKeyID
 	return nil
+}
+
+// verify checks the signature. Where callers have failed often, one that names
+// no key that there is, or whose headers are wrong, gets no further than those.
+// Others are never refused for what somebody at their address did, nor told
+// anything but the truth: who has a key that has ended needs to know. (Clients
+// whose clock is wrong see so by the Date of every answer.)
+func (c *call) verify(exhausted bool) (sigv4.Result, error) {
+	request, err := c.verifier.Begin(c.r, c.route.op.service)
+	if err != nil {
+		if exhausted {
+			return sigv4.Result{}, c.throttled()
+		}
+		return sigv4.Result{}, err
+	}
+	if exhausted {
+		if known, err := request.Known(); err != nil {
+			return sigv4.Result{}, err
+		} else if !known {
+			return sigv4.Result{}, c.throttled()
+		}
+	}
+	release, err := c.readBody()
+	defer release()
+	if err != nil {
+		return sigv4.Result{}, err
+	}
+	return request.Verify(c.body)
 }
 
 // checkRegion compares the region of the signature. It runs when the caller may

@@ -196,7 +196,10 @@ func TestLargeBodyInChunks(t *testing.T) {
 	defer conn.Close()
 	_ = conn.SetDeadline(time.Now().Add(patience))
 	go func() {
-		fmt.Fprintf(conn, "POST /clusters/prod/pod-identity-associations HTTP/1.1\r\nHost: x\r\nAuthorization: AWS4-HMAC-SHA256 x\r\nTransfer-Encoding: chunked\r\n\r\n")
+		at := time.Now().UTC()
+		fmt.Fprintf(conn, "POST /clusters/prod/pod-identity-associations HTTP/1.1\r\nHost: x\r\nX-Amz-Date: %s\r\n"+
+			"Authorization: AWS4-HMAC-SHA256 Credential=ADMIN/%s/"+region+"/eks/aws4_request, SignedHeaders=host;x-amz-date, Signature=%s\r\n"+
+			"Transfer-Encoding: chunked\r\n\r\n", at.Format("20060102T150405Z"), at.Format("20060102"), strings.Repeat("0", 64))
 		for range 100 {
 			if _, err := fmt.Fprintf(conn, "2000\r\n%s\r\n", strings.Repeat("x", 0x2000)); err != nil {
 				return

@@ -4,10 +4,13 @@ package eksapi
 
 import (
 	"net/http"
+	"net/netip"
 	"sync"
 	"time"
 
 	"golang.org/x/time/rate"
+
+	"github.com/latchkey-dev/latchkey/pkg/strangers"
 )
 
 // Rate is how many calls a caller may make.
@@ -105,5 +108,49 @@ func (c *call) limit() error {
 	if c.limits.allow(k) {
 		return nil
 	}
+	return c.throttled()
+}
+
+func (c *call) throttled() error {
 	return &fault{status: http.StatusTooManyRequests, code: "ThrottlingException", message: "Rate exceeded", cluster: c.modelCluster(), retryAfter: time.Second}
+}
+
+const (
+	// freeBody is how much of a body is read without asking: more than the token of
+	// any exchange. The number of connections bounds it.
+	freeBody = 16 << 10
+	// maxBodies is how many larger ones are held at a time for callers who have not
+	// proved who they are yet, peerBodies how many of them for one address, which
+	// may be a proxy's.
+	maxBodies  = 256
+	peerBodies = maxBodies / 2
+)
+
+// bodies counts the larger bodies that are being read.
+type bodies struct {
+	mu   sync.Mutex
+	all  int
+	from map[netip.Addr]int
+}
+
+func newBodies() *bodies { return &bodies{from: map[netip.Addr]int{}} }
+
+// take has a place for one, until it is released; false: there is none.
+func (b *bodies) take(remote string) (release func(), ok bool) {
+	peer := strangers.Peer(remote)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.all >= maxBodies || b.from[peer] >= peerBodies {
+		return nil, false
+	}
+	b.all++
+	b.from[peer]++
+	return func() {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		b.all--
+		if b.from[peer]--; b.from[peer] == 0 {
+			delete(b.from, peer)
+		}
+	}, true
 }

@@ -47,6 +47,42 @@ func TestLimitersAreBounded(t *testing.T) {
 	}
 }
 
+// Large bodies of callers who are not known yet have so many places, and one
+// address has half of them.
+func TestBodies(t *testing.T) {
+	b := newBodies()
+	var release []func()
+	take := func(remote string) bool {
+		f, ok := b.take(remote)
+		if ok {
+			release = append(release, f)
+		}
+		return ok
+	}
+	for range peerBodies {
+		if !take("192.0.2.1:1") {
+			t.Fatal("no place")
+		}
+	}
+	if take("192.0.2.1:2") {
+		t.Error("more than half for one address")
+	}
+	for range maxBodies - peerBodies {
+		if !take("192.0.2.2:1") {
+			t.Fatal("no place")
+		}
+	}
+	if take("192.0.2.3:1") {
+		t.Error("more than there are")
+	}
+	for _, f := range release {
+		f()
+	}
+	if b.all != 0 || len(b.from) != 0 || !take("192.0.2.1:1") {
+		t.Errorf("%d left, of %d addresses", b.all, len(b.from))
+	}
+}
+
 func TestDefaultLimits(t *testing.T) {
 	now := time.Date(2026, 11, 21, 12, 0, 0, 0, time.UTC)
 	l := newLimiters(Limits{}, func() time.Time { return now })

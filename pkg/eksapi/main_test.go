@@ -34,6 +34,7 @@ import (
 	"github.com/latchkey-dev/latchkey/pkg/issuer"
 	"github.com/latchkey-dev/latchkey/pkg/permission"
 	"github.com/latchkey-dev/latchkey/pkg/sigv4"
+	"github.com/latchkey-dev/latchkey/pkg/strangers"
 	"github.com/latchkey-dev/latchkey/pkg/tokencheck"
 	"github.com/latchkey-dev/latchkey/test/standin/tokens"
 )
@@ -197,10 +198,12 @@ func newWorld(t testing.TB, edit func(*eksapi.Config)) *world {
 		t.Fatal(err)
 	}
 	unlimited := eksapi.Rate{PerSecond: -1}
+	free := strangers.Rate{PerSecond: -1}
 	cfg := eksapi.Config{
 		Associations: w.store, Index: w.index, Tokens: checker, Issuer: standIn, Keys: sigv4.Choose{Static: known},
 		// A test that a machine delays must not fail by it.
 		MaxBehind: patience, Limits: eksapi.Limits{Reads: unlimited, Writes: unlimited, Exchanges: unlimited},
+		Strangers: strangers.New(strangers.Config{Failures: free, Records: free, AllRecords: free}),
 		Audit: func(r eksapi.Record) {
 			w.mu.Lock()
 			defer w.mu.Unlock()

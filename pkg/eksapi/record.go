@@ -11,6 +11,7 @@ import (
 	"github.com/latchkey-dev/latchkey/pkg/issuer"
 	"github.com/latchkey-dev/latchkey/pkg/permission"
 	"github.com/latchkey-dev/latchkey/pkg/sigv4"
+	"github.com/latchkey-dev/latchkey/pkg/strangers"
 	"github.com/latchkey-dev/latchkey/pkg/tokencheck"
 )
 
@@ -30,6 +31,9 @@ const (
 	TypeChange = "change"
 	// TypeExchange: AssumeRoleForPodIdentity.
 	TypeExchange = "exchange"
+	// TypeUnrecorded sums up refusals of callers that had not proved who they are,
+	// of which there were too many to record each.
+	TypeUnrecorded = "unrecorded"
 )
 
 // Record is what became of one change or exchange. It holds no secret and no
@@ -37,10 +41,10 @@ const (
 type Record struct {
 	Time      time.Time `json:"time"`
 	Type      string    `json:"type"`
-	Operation string    `json:"operation"`
-	RequestID string    `json:"request_id"`
+	Operation string    `json:"operation,omitempty"`
+	RequestID string    `json:"request_id,omitempty"`
 	Outcome   string    `json:"outcome"`
-	Status    int       `json:"status"`
+	Status    int       `json:"status,omitempty"`
 	// Code and Message are what the client was told, Reason the decision behind
 	// it, Error the cause as the server knows it.
 	Code    string `json:"code,omitempty"`
@@ -84,6 +88,11 @@ type Record struct {
 
 	// Latency is in microseconds.
 	Latency int64 `json:"latency_us"`
+
+	// Of TypeUnrecorded alone: how many there were, from Since to Time; Peer is the
+	// last one's.
+	Unrecorded int64      `json:"unrecorded,omitempty"`
+	Since      *time.Time `json:"since,omitempty"`
 }
 
 // State is what of an association a change can change.
@@ -122,6 +131,10 @@ func (c *call) audit(f *fault) {
 		return
 	}
 	c.recorded = true
+	if !c.verified && !c.Strangers.Record(c.r.RemoteAddr) {
+		c.unrecorded = true
+		return
+	}
 	r := &c.record
 	r.Time, r.Operation, r.RequestID, r.Peer = c.start, c.route.op.name, c.id, c.r.RemoteAddr
 	r.Type = TypeChange
@@ -154,8 +167,25 @@ func (c *call) audit(f *fault) {
 	r.Namespace, r.ServiceAccount = clip(r.Namespace), clip(r.ServiceAccount)
 	r.RoleARN, r.TargetRoleARN = clip(r.RoleARN), clip(r.TargetRoleARN)
 	r.AssociationARN, r.Message, r.Error = clip(r.AssociationARN), clip(r.Message), clip(r.Error)
+	if !c.verified {
+		// Nothing else has been learnt of the request by then.
+		for _, text := range []*string{&r.Cluster, &r.AssociationID, &r.ClaimedAccessKeyID, &r.Message, &r.Error} {
+			*text = strangers.Text(*text)
+		}
+	}
 	r.Latency = c.Now().Sub(c.start).Microseconds()
 	c.Audit(*r)
+}
+
+// summarise records what was left out, when it is time. Requests do it, so the
+// last of a flood are summed up when somebody asks next.
+func (a *api) summarise() {
+	if a.Audit == nil {
+		return
+	}
+	if left, ok := a.Strangers.Summary(); ok {
+		a.Audit(Record{Time: a.Now(), Type: TypeUnrecorded, Outcome: OutcomeRefused, Peer: left.Peer, Unrecorded: left.Count, Since: &left.Since})
+	}
 }
 
 // maxText bounds each text of a record that a client may have chosen, in bytes.

@@ -7,16 +7,18 @@ import (
 	"fmt"
 	"net/http"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
 	"github.com/latchkey-dev/latchkey/pkg/eksapi"
+	"github.com/latchkey-dev/latchkey/pkg/strangers"
 	"github.com/latchkey-dev/latchkey/test/standin/tokens"
 )
 
 // A stranger's request leaves at most one record in the audit log, and a short
 // one, however long its names and headers are; what it asked to read leaves
-// none. So the log grows by the number of requests alone.
+// none.
 func TestStrangersRecordsAreShort(t *testing.T) {
 	w := newWorld(t, nil)
 	long := strings.Repeat("%01", 8000) // three bytes each on the wire, six in JSON
@@ -47,10 +49,80 @@ func TestStrangersRecordsAreShort(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if r.Caller != "" || r.AccessKeyID != "" || len(line) > 32<<10 {
+			if r.Caller != "" || r.AccessKeyID != "" || len(line) > 2<<10 {
 				t.Errorf("%s: a record of %d bytes: %.200s", name, len(line), fmt.Sprintf("%+v", r))
 			}
 		}
+	}
+}
+
+// Strangers leave so many records and no more, then a summary, and are refused
+// before anything is done for them. Who has a key is served and told the truth
+// meanwhile, though they come from the same address.
+func TestStrangersAreLimited(t *testing.T) {
+	var mu sync.Mutex
+	now := time.Now()
+	clock := func() time.Time { mu.Lock(); defer mu.Unlock(); return now }
+	var seen []eksapi.Observation
+	w := newWorld(t, func(c *eksapi.Config) {
+		c.Now = clock
+		c.Strangers = strangers.New(strangers.Config{Failures: strangers.Rate{PerSecond: 1, Burst: 20}, Records: strangers.Rate{PerSecond: 0.1, Burst: 5}, Now: clock})
+		c.Observe = func(o eksapi.Observation) { mu.Lock(); defer mu.Unlock(); seen = append(seen, o) }
+	})
+	w.create("web", "api", role("api"))
+	w.audited()
+	stranger := raw{user: "STRANGER", path: exchangePath, body: `{"token":"x"}`}
+	const all, answered, recorded = 30, 20, 5
+	for i := range all {
+		status, code := 403, "UnrecognizedClientException"
+		if i >= answered {
+			status, code = 429, "ThrottlingException"
+		}
+		w.refused(stranger, status, code)
+	}
+	records := w.audited()
+	if len(records) != recorded || records[0].ClaimedAccessKeyID != "STRANGER" {
+		t.Errorf("%d records of strangers, want %d: %+v", len(records), recorded, records)
+	}
+	mu.Lock()
+	left := 0
+	for _, o := range seen {
+		if o.Unrecorded && o.Stranger {
+			left++
+		}
+	}
+	mu.Unlock()
+	if left != all-recorded {
+		t.Errorf("%d observed as left out", left)
+	}
+	w.refused(raw{path: exchangePath, unsigned: true}, 429, "ThrottlingException")
+	w.refused(raw{method: http.MethodGet, path: "/clusters/prod/pod-identity-associations", unsigned: true}, 429, "ThrottlingException")
+	// Nothing is read of a stranger's body by then: it may be as large as it likes.
+	big := stranger
+	big.body = `{"token":"` + strings.Repeat("x", 1<<20) + `"}`
+	w.refused(big, 429, "ThrottlingException")
+
+	token := signer(t, "prod").Token(tokens.Claims{Namespace: "web", ServiceAccount: "api"})
+	for range 3 {
+		if a := w.send(raw{user: "NODE1", path: exchangePath, body: `{"token":"` + token + `"}`, at: now}); a.status != 200 {
+			t.Errorf("a node at the same address: %d %s", a.status, a.body)
+		}
+	}
+	w.refused(raw{user: "NODE1", path: exchangePath, body: "{}", at: now.Add(-time.Hour)}, 429, "ThrottlingException")
+	w.refused(raw{user: "NODE1", path: exchangePath, body: "{}", secret: "another-secret-000000"}, 403, "InvalidSignatureException")
+	w.refused(raw{user: "EXPIRED", path: exchangePath, body: "{}"}, 403, "ExpiredTokenException")
+	if records := w.audited(); len(records) != 3 || records[0].Caller == "" {
+		t.Errorf("records of the node: %+v", records)
+	}
+
+	mu.Lock()
+	now = now.Add(2 * strangers.DefaultInterval)
+	mu.Unlock()
+	w.refused(stranger, 403, "UnrecognizedClientException")
+	records = w.audited()
+	if len(records) != 2 || records[0].Type != eksapi.TypeUnrecorded || records[0].Unrecorded != all-recorded+5 ||
+		records[0].Since == nil || records[0].Peer == "" || records[1].Type != eksapi.TypeExchange {
+		t.Errorf("a while later: %+v", records)
 	}
 }
 

@@ -4,6 +4,7 @@ package server
 
 import (
 	"context"
+	"net/http"
 	"strconv"
 	"time"
 
@@ -30,6 +31,8 @@ type metrics struct {
 	reviewTime *prometheus.HistogramVec
 	keysAlone  *prometheus.CounterVec
 	nodes      *prometheus.CounterVec
+	throttled  prometheus.Counter
+	unrecorded prometheus.Counter
 }
 
 func newMetrics(cfg *Config) *metrics {
@@ -55,6 +58,10 @@ func newMetrics(cfg *Config) *metrics {
 			Name: "latchkey_server_token_reviews_bypassed_total", Help: "Tokens accepted by their signature alone, because the cluster's API server was away and the cluster is set to go on."}, []string{"cluster"}),
 		nodes: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "latchkey_server_node_exchanges_total", Help: "Agents' tokens exchanged for a node's keys, by outcome."}, []string{"outcome"}),
+		throttled: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "latchkey_server_strangers_throttled_total", Help: "Calls without a known access key answered 429, because many from their address had failed."}),
+		unrecorded: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "latchkey_server_audit_unrecorded_total", Help: "Refusals of callers that had not proved who they are left out of the audit log, because there were many."}),
 	}
 	sts := "sts"
 	if cfg.StandInSTS {
@@ -64,7 +71,7 @@ func newMetrics(cfg *Config) *metrics {
 		Name: "latchkey_server_build_info", Help: "Always 1.",
 		ConstLabels: prometheus.Labels{"version": cfg.Version, "sts": sts, "node_binding": cfg.NodeBinding}})
 	info.Set(1)
-	m.registry.MustRegister(m.requests, m.duration, m.exchanges, m.sts, m.stsTime, m.reviews, m.reviewTime, m.keysAlone, m.nodes, info,
+	m.registry.MustRegister(m.requests, m.duration, m.exchanges, m.sts, m.stsTime, m.reviews, m.reviewTime, m.keysAlone, m.nodes, m.throttled, m.unrecorded, info,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }
@@ -72,6 +79,12 @@ func newMetrics(cfg *Config) *metrics {
 func (m *metrics) observe(o eksapi.Observation) {
 	m.requests.WithLabelValues(o.Operation, strconv.Itoa(o.Status), o.Code).Inc()
 	m.duration.WithLabelValues(o.Operation).Observe(o.Duration.Seconds())
+	if o.Stranger && o.Status == http.StatusTooManyRequests {
+		m.throttled.Inc()
+	}
+	if o.Unrecorded {
+		m.unrecorded.Inc()
+	}
 }
 
 // audited counts exchanges. The cluster is the caller's word until it is known.

@@ -28,6 +28,7 @@ import (
 	"github.com/latchkey-dev/latchkey/pkg/permission"
 	"github.com/latchkey-dev/latchkey/pkg/satoken"
 	"github.com/latchkey-dev/latchkey/pkg/sigv4"
+	"github.com/latchkey-dev/latchkey/pkg/strangers"
 	"github.com/latchkey-dev/latchkey/pkg/tokencheck"
 )
 
@@ -46,15 +47,17 @@ type server struct {
 	log     *slog.Logger
 	started time.Time
 
-	etcd    *etcd.Server
-	store   *association.Store
-	index   *association.Index
-	users   *permission.Users
-	ring    *exchange.Ring
-	cert    *certificate
-	audit   *auditLog
-	metrics *metrics
-	control *control
+	etcd  *etcd.Server
+	store *association.Store
+	index *association.Index
+	users *permission.Users
+	ring  *exchange.Ring
+	cert  *certificate
+	audit *auditLog
+	// strangers bounds the records of refusals on both endpoints together.
+	strangers *strangers.Limits
+	metrics   *metrics
+	control   *control
 	// sts is what `doctor` asks STS with; nil for a stand-in.
 	sts      func(context.Context) Finding
 	address  string
@@ -73,7 +76,7 @@ func Run(ctx context.Context, cfg Config) error {
 	for _, w := range cfg.warnings() {
 		cfg.Logger.Warn(w)
 	}
-	s := &server{cfg: cfg, log: cfg.Logger, started: cfg.Now()}
+	s := &server{cfg: cfg, log: cfg.Logger, started: cfg.Now(), strangers: strangers.New(strangers.Config{Now: cfg.Now})}
 	if err := ownDirectory(cfg.StateDir); err != nil {
 		return err
 	}
@@ -302,7 +305,7 @@ func (s *server) api(ctx context.Context) (http.Handler, error) {
 	eks, err := eksapi.New(eksapi.Config{
 		Associations: s.store, Index: s.index, Tokens: pods, Issuer: credentials,
 		Keys:        sigv4.Choose{Static: s.users, Session: nodes},
-		NodeBinding: eksapi.NodeBinding(s.cfg.NodeBinding),
+		NodeBinding: eksapi.NodeBinding(s.cfg.NodeBinding), Strangers: s.strangers,
 		Audit: func(r eksapi.Record) {
 			s.metrics.audited(r, func(name string) bool { _, ok := s.index.Cluster(name); return ok })
 			s.audit.Write(r)
@@ -368,6 +371,7 @@ type nodeRecord struct {
 	Outcome string           `json:"outcome"`
 	Error   string           `json:"error,omitempty"`
 	Cluster string           `json:"cluster"`
+	Peer    string           `json:"peer,omitempty"`
 	Node    *permission.Node `json:"node,omitempty"`
 	// Of the agent's pod, and of its token.
 	Namespace         string     `json:"namespace,omitempty"`
@@ -383,18 +387,27 @@ type nodeRecord struct {
 const typeNode = "node_credentials"
 
 func (s *server) nodeExchanged(e exchange.Event) {
-	r := nodeRecord{Time: s.cfg.Now().UTC(), Type: typeNode, Outcome: eksapi.OutcomeDone, Cluster: clip(e.Cluster)}
+	r := nodeRecord{Time: s.cfg.Now().UTC(), Type: typeNode, Outcome: eksapi.OutcomeDone, Cluster: strangers.Text(e.Cluster), Peer: e.Peer}
 	switch n := e.Grant.Node; {
 	case errors.Is(e.Err, exchange.ErrUnavailable):
 		r.Outcome, r.Error = eksapi.OutcomeFailed, clip(e.Err.Error())
 	case e.Err != nil:
-		r.Outcome, r.Error = eksapi.OutcomeRefused, clip(e.Err.Error())
+		// The cause alone: what the caller was told of it is no more than that.
+		cause := e.Err
+		if inner := errors.Unwrap(cause); inner != nil {
+			cause = inner
+		}
+		r.Outcome, r.Error = eksapi.OutcomeRefused, strangers.Text(cause.Error())
 	default:
 		r.Node = &permission.Node{Cluster: n.Cluster, Name: n.Name, UID: n.UID}
 		r.Namespace, r.ServiceAccount, r.Pod, r.PodUID = n.Namespace, n.ServiceAccount, n.PodName, n.PodUID
 		r.JTI, r.IssuedAccessKeyID, r.Expires = e.Grant.JTI, e.Grant.AccessKeyID, &n.Expires
 	}
 	s.metrics.nodes.WithLabelValues(r.Outcome).Inc()
+	if e.Err != nil && !s.strangers.Record(e.Peer) {
+		s.metrics.unrecorded.Inc()
+		return
+	}
 	s.audit.Write(r)
 }
 

@@ -29,7 +29,9 @@ import (
 	"github.com/latchkey-dev/latchkey/pkg/eksapi"
 	"github.com/latchkey-dev/latchkey/pkg/etcd"
 	"github.com/latchkey-dev/latchkey/pkg/issuer"
+	"github.com/latchkey-dev/latchkey/pkg/nodeauth/exchange"
 	"github.com/latchkey-dev/latchkey/pkg/satoken"
+	"github.com/latchkey-dev/latchkey/pkg/strangers"
 	"github.com/latchkey-dev/latchkey/pkg/tokencheck"
 	"github.com/latchkey-dev/latchkey/test/standin/tokens"
 )
@@ -327,6 +329,37 @@ func TestPeerLimit(t *testing.T) {
 	now = now.Add(time.Second)
 	if !l.allow(a) {
 		t.Error("refused after a second")
+	}
+}
+
+// Refused tokens of agents have records as far as the budget of strangers goes,
+// and short ones; keys that are given have theirs in any case.
+func TestStrangersOfNodes(t *testing.T) {
+	var out bytes.Buffer
+	now := func() time.Time { return time.Unix(1000, 0) }
+	s := &server{cfg: Config{Now: now}, metrics: newMetrics(&Config{}),
+		audit: &auditLog{w: &out, log: slog.New(slog.DiscardHandler)}, strangers: strangers.New(strangers.Config{Now: now})}
+	for range 1000 {
+		s.nodeExchanged(exchange.Event{Cluster: strings.Repeat("\x01", 4000), Peer: "192.0.2.1:1", Err: exchange.ErrInvalid})
+	}
+	lines := strings.Count(out.String(), "\n")
+	if lines == 0 || lines > 100 || out.Len() > lines*1024 || !strings.Contains(out.String(), "192.0.2.1:1") {
+		t.Errorf("%d records of %d bytes", lines, out.Len())
+	}
+	families, err := s.metrics.registry.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range families {
+		if n := f.GetMetric()[0].GetCounter().GetValue(); f.GetName() == "latchkey_server_audit_unrecorded_total" && n != float64(1000-lines) {
+			t.Errorf("%v counted as left out of 1000, %d recorded", n, lines)
+		}
+	}
+	for range 1000 {
+		s.nodeExchanged(exchange.Event{Cluster: "prod", Peer: "192.0.2.1:1"})
+	}
+	if n := strings.Count(out.String(), "\n"); n != lines+1000 {
+		t.Errorf("%d records of keys that were given", n-lines)
 	}
 }
 

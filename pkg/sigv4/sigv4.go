@@ -203,62 +203,103 @@ func AccessKeyID(r *http.Request) string {
 // whatever the request says of it. Errors are *Error, or whatever else Keys
 // returned.
 func (v *Verifier) Verify(r *http.Request, body []byte, service string) (Result, error) {
+	q, err := v.Begin(r, service)
+	if err != nil {
+		return Result{}, err
+	}
+	return q.Verify(body)
+}
+
+// Request is a request whose headers have the form of a signed one. That is all
+// that is known of it before Verify.
+type Request struct {
+	v     *Verifier
+	r     *http.Request
+	auth  authorization
+	at    time.Time
+	date  string
+	token string
+}
+
+// Begin is what of Verify needs neither body nor key, so that both need not be
+// had for what cannot be good. Errors are *Error.
+func (v *Verifier) Begin(r *http.Request, service string) (Request, error) {
 	if presigned(r.URL.RawQuery) {
-		return Result{}, refuse(ErrPresigned, "The signature must be in the Authorization header, presigned requests are not accepted.")
+		return Request{}, refuse(ErrPresigned, "The signature must be in the Authorization header, presigned requests are not accepted.")
 	}
 	values := r.Header["Authorization"]
 	if len(values) == 0 {
-		return Result{}, refuse(ErrMissing, "Missing Authentication Token")
+		return Request{}, refuse(ErrMissing, "Missing Authentication Token")
 	}
 	if len(values) > 1 {
-		return Result{}, refuse(ErrIncomplete, "There must be one Authorization header.")
+		return Request{}, refuse(ErrIncomplete, "There must be one Authorization header.")
 	}
 	auth, err := parseAuthorization(values[0])
 	if err != nil {
-		return Result{}, err
+		return Request{}, err
 	}
 	if auth.service != service {
-		return Result{}, refuse(ErrSignature, "Credential should be scoped to correct service: '%s'.", service)
+		return Request{}, refuse(ErrSignature, "Credential should be scoped to correct service: '%s'.", service)
 	}
 	date, err := single(r.Header, "X-Amz-Date")
 	if err != nil {
-		return Result{}, err
+		return Request{}, err
 	}
 	if date == "" {
-		return Result{}, refuse(ErrIncomplete, "Authorization header requires existence of a 'X-Amz-Date' header.")
+		return Request{}, refuse(ErrIncomplete, "Authorization header requires existence of a 'X-Amz-Date' header.")
 	}
 	at, err := time.Parse(timeForm, date)
 	if err != nil || at.Format(timeForm) != date {
-		return Result{}, refuse(ErrIncomplete, "Date must be in ISO-8601 'basic format'.")
+		return Request{}, refuse(ErrIncomplete, "Date must be in ISO-8601 'basic format'.")
 	}
 	if auth.date != date[:len(dateForm)] {
-		return Result{}, refuse(ErrSignature, "Date in Credential scope does not match YYYYMMDD from ISO-8601 version of date from HTTP.")
+		return Request{}, refuse(ErrSignature, "Date in Credential scope does not match YYYYMMDD from ISO-8601 version of date from HTTP.")
 	}
 	now := v.now()
 	if at.Before(now.Add(-v.skew)) {
-		return Result{}, refuse(ErrSkew, "Signature expired: %s is now earlier than %s (%s - %s)",
+		return Request{}, refuse(ErrSkew, "Signature expired: %s is now earlier than %s (%s - %s)",
 			date, now.Add(-v.skew).UTC().Format(timeForm), now.UTC().Format(timeForm), minutes(v.skew))
 	}
 	if at.After(now.Add(v.skew)) {
-		return Result{}, refuse(ErrSkew, "Signature not yet current: %s is still later than %s (%s + %s)",
+		return Request{}, refuse(ErrSkew, "Signature not yet current: %s is still later than %s (%s + %s)",
 			date, now.Add(v.skew).UTC().Format(timeForm), now.UTC().Format(timeForm), minutes(v.skew))
 	}
 	token, err := single(r.Header, "X-Amz-Security-Token")
 	if err != nil {
-		return Result{}, err
+		return Request{}, err
 	}
 	if len(token) > MaxSessionToken {
-		return Result{}, refuse(ErrIncomplete, "The security token is too long.")
+		return Request{}, refuse(ErrIncomplete, "The security token is too long.")
 	}
+	if err := coversAll(r.Header, auth.signedHeaders); err != nil {
+		return Request{}, err
+	}
+	return Request{v: v, r: r, auth: auth, at: at, date: date, token: token}, nil
+}
+
+// Known reports whether there is such an access key, with this session token. It
+// says nothing of whether the request is signed with it. An error is whatever
+// Keys returned.
+func (q Request) Known() (bool, error) {
+	key, err := q.v.keys.Lookup(q.r.Context(), q.auth.accessKeyID, q.token)
+	switch {
+	case errors.Is(err, ErrUnknownKey):
+		return false, nil
+	case err != nil && !errors.Is(err, ErrExpiredKey):
+		return false, fmt.Errorf("look up access key: %w", err)
+	}
+	return key.Secret != "", nil
+}
+
+// Verify checks the signature of the request, with this body, as
+// Verifier.Verify does.
+func (q Request) Verify(body []byte) (Result, error) {
+	v, r, auth, date := q.v, q.r, q.auth, q.date
 	sum := sha256.Sum256(body)
 	if err := checkDeclaredHash(r.Header, sum); err != nil {
 		return Result{}, err
 	}
-	if err := coversAll(r.Header, auth.signedHeaders); err != nil {
-		return Result{}, err
-	}
-
-	key, err := v.keys.Lookup(r.Context(), auth.accessKeyID, token)
+	key, err := v.keys.Lookup(r.Context(), auth.accessKeyID, q.token)
 	expired := errors.Is(err, ErrExpiredKey) && key.Secret != ""
 	unknown := errors.Is(err, ErrUnknownKey) || errors.Is(err, ErrExpiredKey) && !expired || err == nil && key.Secret == ""
 	if err != nil && !unknown && !expired {
@@ -281,7 +322,7 @@ func (v *Verifier) Verify(r *http.Request, body []byte, service string) (Result,
 	case expired:
 		return Result{}, refuse(ErrExpiredKey, "The security token included in the request is expired")
 	}
-	return Result{AccessKeyID: auth.accessKeyID, Principal: key.Principal, Region: auth.region, Time: at}, nil
+	return Result{AccessKeyID: auth.accessKeyID, Principal: key.Principal, Region: auth.region, Time: q.at}, nil
 }
 
 // match compares the signature with what it should be. Every request that does
