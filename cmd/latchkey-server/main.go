@@ -98,7 +98,7 @@ func newRoot(in io.Reader, out, errOut io.Writer) *cobra.Command {
 	f.StringVar(&c.socket, "admin-socket", "", "`path` of the socket that the CLI asks (default admin.sock in --state-dir)")
 	f.StringVar(&c.users, "users", "", "users `file` (default users.yaml in --state-dir)")
 	f.StringVarP(&c.level, "verbosity", "v", "info", "log `level`: error, warn, info or debug")
-	root.AddCommand(newServe(c), newCluster(c), newAssociation(c), newUser(c), newSnapshot(c), newDoctor(c), newStatus(c))
+	root.AddCommand(newServe(c), newCluster(c), newAssociation(c), newUser(c), newSnapshot(c), newNodeKeys(c), newDoctor(c), newStatus(c))
 	return root
 }
 

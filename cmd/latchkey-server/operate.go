@@ -91,6 +91,45 @@ func (c *cli) save(cmd *cobra.Command, path string) (err error) {
 	return nil
 }
 
+func newNodeKeys(c *cli) *cobra.Command {
+	show := func(k server.NodeKeys, err error) error {
+		if err != nil {
+			return err
+		}
+		return c.print(k, func(w io.Writer) {
+			fmt.Fprintln(w, "KEY\tACTIVE FROM\tUSE")
+			for _, key := range k.Keys {
+				use := "opens"
+				switch {
+				case key.Sealing:
+					use = "seals and opens"
+				case key.ActiveFrom.After(time.Now()):
+					use = "will seal"
+				}
+				fmt.Fprintf(w, "%s\t%s\t%s\n", key.ID, key.ActiveFrom.Format(time.RFC3339), use)
+			}
+		})
+	}
+	status := &cobra.Command{
+		Use: "status", Short: "List the keys in use, without their secrets", Args: commandline.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return show(c.client().NodeKeys(cmd.Context())) },
+	}
+	var revoke bool
+	rotate := &cobra.Command{
+		Use: "rotate", Short: "Seal with a new key from now on",
+		Long: "rotate makes a new key. The server does so by itself every day; after a snapshot got into wrong hands,\n" +
+			"use --revoke: it takes the old keys away, and all credentials that nodes have been given end at once.\n" +
+			"Agents trade their tokens for new ones by themselves, and serve from their caches meanwhile.",
+		Args: commandline.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return show(c.client().RotateNodeKeys(cmd.Context(), revoke))
+		},
+	}
+	rotate.Flags().BoolVar(&revoke, "revoke", false, "end all credentials that nodes have been given, at once")
+	c.outputFlag(status, rotate)
+	return group("node-keys", "The keys that seal nodes' credentials", rotate, status)
+}
+
 func newDoctor(c *cli) *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "doctor", Short: "Look at the server and what it depends on, and say what to do",

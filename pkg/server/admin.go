@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/latchkey-dev/latchkey/pkg/association"
+	"github.com/latchkey-dev/latchkey/pkg/nodeauth/exchange"
 )
 
 // Paths of the admin socket. It is JSON over HTTP on a unix socket that only the
@@ -29,6 +30,7 @@ const (
 	pathAssociations = "/v1/associations"
 	pathImport       = "/v1/import"
 	pathReloadUsers  = "/v1/users/reload"
+	pathNodeKeys     = "/v1/node-keys"
 )
 
 // maxAdmin bounds a request on the admin socket: a file of 5,000 associations
@@ -91,6 +93,15 @@ type importRequest struct {
 	DryRun bool            `json:"dryRun,omitempty"`
 }
 
+type rotateRequest struct {
+	Revoke bool `json:"revoke,omitempty"`
+}
+
+// NodeKeys are the keys that seal nodes' credentials, without secrets.
+type NodeKeys struct {
+	Keys []exchange.KeyStatus `json:"keys"`
+}
+
 // selector names one association: by ID, or by what it is for.
 type selector struct {
 	Cluster        string `json:"clusterName"`
@@ -114,6 +125,8 @@ type admin struct {
 	snapshot func(context.Context, io.Writer) (int64, error)
 	// reloadUsers reads the users file now.
 	reloadUsers func() error
+	// ring has the keys that seal nodes' credentials.
+	ring *exchange.Ring
 }
 
 type whoKey struct{}
@@ -191,6 +204,15 @@ func (a *admin) handler() http.Handler {
 	}))
 	mux.HandleFunc("POST "+pathReloadUsers, answer(func(*http.Request, *struct{}) (any, error) {
 		return struct{}{}, a.reloadUsers()
+	}))
+	mux.HandleFunc("GET "+pathNodeKeys, answer(func(*http.Request, *struct{}) (any, error) { return NodeKeys{a.ring.Status()}, nil }))
+	mux.HandleFunc("POST "+pathNodeKeys+"/rotate", answer(func(r *http.Request, in *rotateRequest) (any, error) {
+		err := a.ring.Rotate(r.Context(), in.Revoke)
+		if err != nil {
+			err = fmt.Errorf("%w: %w", association.ErrUnavailable, err)
+		}
+		a.control.note(who(r.Context()), "RotateNodeKeys", "", "", nil, in, err)
+		return NodeKeys{a.ring.Status()}, err
 	}))
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		writeJSON(w, http.StatusNotFound, Problem{problemNotFound, "this server knows no " + r.Method + " " + r.URL.Path})

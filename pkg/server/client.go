@@ -9,13 +9,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"net/url"
-	"os"
 	"strconv"
-	"syscall"
-	"time"
+
+	"github.com/latchkey-dev/latchkey/pkg/adminsocket"
 )
 
 // Errors of Client, for exit codes.
@@ -42,11 +40,7 @@ type Client struct {
 
 // NewClient makes a client for a socket; nothing is opened until it is asked.
 func NewClient(socket string) *Client {
-	return &Client{socket: socket, http: &http.Client{Transport: &http.Transport{
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return (&net.Dialer{Timeout: 10 * time.Second}).DialContext(ctx, "unix", socket)
-		},
-	}}}
+	return &Client{socket: socket, http: &http.Client{Transport: adminsocket.Transport(socket)}}
 }
 
 // Status asks for the server itself.
@@ -98,6 +92,17 @@ func (c *Client) CreateAssociation(ctx context.Context, s AssociationSpec) (Asso
 func (c *Client) ReloadUsers(ctx context.Context) error {
 	_, err := call[struct{}](ctx, c, http.MethodPost, pathReloadUsers, nil, struct{}{})
 	return err
+}
+
+// NodeKeys lists the keys that seal nodes' credentials.
+func (c *Client) NodeKeys(ctx context.Context) (NodeKeys, error) {
+	return call[NodeKeys](ctx, c, http.MethodGet, pathNodeKeys, nil, nil)
+}
+
+// RotateNodeKeys has a new key seal from now on. With revoke, credentials that
+// nodes have got so far end at once.
+func (c *Client) RotateNodeKeys(ctx context.Context, revoke bool) (NodeKeys, error) {
+	return call[NodeKeys](ctx, c, http.MethodPost, pathNodeKeys+"/rotate", nil, rotateRequest{revoke})
 }
 
 // Selector names an association: by ID, or by namespace and service account.
@@ -172,9 +177,9 @@ func (c *Client) do(ctx context.Context, method, path string, query url.Values, 
 	resp, err := c.http.Do(req)
 	switch {
 	case err == nil:
-	case errors.Is(err, os.ErrPermission):
+	case adminsocket.Forbidden(err):
 		return nil, fmt.Errorf("%w: the admin socket %s is the server's user's; use sudo", ErrNotPermitted, c.socket)
-	case errors.Is(err, os.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
+	case adminsocket.NobodyListens(err):
 		return nil, fmt.Errorf("%w on %s: is `latchkey-server serve` running here, and with the same --state-dir? %w", ErrNoServer, c.socket, err)
 	default:
 		return nil, fmt.Errorf("ask the server: %w", err)

@@ -94,7 +94,7 @@ func Run(ctx context.Context, cfg Config) error {
 	}
 	defer ln.Close()
 	s.address = ln.Addr().String()
-	adminListener, err := listenUnix(ctx, cfg.AdminSocket)
+	adminListener, err := listenAdmin(ctx, cfg.AdminSocket)
 	if err != nil {
 		return err
 	}
@@ -173,13 +173,13 @@ func Run(ctx context.Context, cfg Config) error {
 	if cfg.MetricsAddress != "" {
 		wg.Go(func() { s.keepServing(side, cfg.MetricsAddress, s.sideHandler()) })
 	}
-	a := &admin{control: s.control, log: s.log, status: s.status, doctor: s.examine, snapshot: s.snapshot, reloadUsers: s.users.Reload}
+	a := &admin{control: s.control, log: s.log, status: s.status, doctor: s.examine, snapshot: s.snapshot, reloadUsers: s.users.Reload, ring: s.ring}
 	adminServer := newHTTPServer(a.handler())
 	// A doctor or an import takes longer than a client of the API may.
 	adminServer.ReadTimeout, adminServer.WriteTimeout = time.Minute, 10*time.Minute
 	adminServer.ConnContext = func(ctx context.Context, c net.Conn) context.Context {
-		if p, ok := c.(peerConn); ok {
-			return context.WithValue(ctx, whoKey{}, p.uid)
+		if p, ok := c.(adminsocket.Conn); ok {
+			return context.WithValue(ctx, whoKey{}, p.UID)
 		}
 		return ctx
 	}

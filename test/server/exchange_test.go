@@ -401,6 +401,16 @@ func TestNodeCredentials(t *testing.T) {
 	s.stop()
 	s.serve()
 	wantAnswer(t, "after a restart", s.exchange(keys, cluster, pod("node-7")), 200, "", "role/r/")
+	s.cli("node-keys", "rotate")
+	wantAnswer(t, "after a rotation", s.exchange(keys, cluster, pod("node-7")), 200, "", "role/r/")
+	if st := s.cli("node-keys", "status"); strings.Count(st, "opens") != 2 || strings.Count(st, "seals and opens") != 1 {
+		t.Errorf("sealing keys:\n%s", st)
+	}
+	s.cli("node-keys", "rotate", "--revoke", "-o", "json")
+	wantAnswer(t, "after they were revoked", s.exchange(keys, cluster, pod("node-7")), 403, "UnrecognizedClientException", "")
+	if _, keys := trade(agent); !keys.HasKeys() {
+		t.Error("no new keys after all were revoked")
+	}
 	found := false
 	for _, r := range s.records() {
 		found = found || r["type"] == "node_credentials" && r["outcome"] == "done" && r["jti"] != nil

@@ -202,6 +202,30 @@ func (r *Ring) Rotate(ctx context.Context, revoke bool) error {
 	})
 }
 
+// KeyStatus is a sealing key, without its secret.
+type KeyStatus struct {
+	// ID is in each session token that the key has sealed, in the clear.
+	ID string `json:"id"`
+	// ActiveFrom is when it begins to seal, in UTC.
+	ActiveFrom time.Time `json:"activeFrom"`
+	// Sealing: new tokens are sealed with it. The others open what they sealed, or
+	// are not in force yet.
+	Sealing bool `json:"sealing,omitempty"`
+}
+
+// Status lists the keys in use, oldest first.
+func (r *Ring) Status() []KeyStatus {
+	out := []KeyStatus{}
+	sealing, ok := r.sealing()
+	if !ok {
+		return out
+	}
+	for _, k := range *r.keys.Load() {
+		out = append(out, KeyStatus{ID: hex.EncodeToString([]byte(k.id)), ActiveFrom: k.activeFrom, Sealing: k.id == sealing.id})
+	}
+	return out
+}
+
 // retire leaves out keys that have nothing to open any more.
 func retire(keys []ringKey, now time.Time) []ringKey {
 	var out []ringKey
@@ -323,9 +347,19 @@ func additional(keyID, accessKeyID string) []byte { return []byte(sessionMark + 
 // seal makes a session token that only belongs to one access key id. It is false
 // if there are no keys.
 func (r *Ring) seal(accessKeyID string, content []byte) (string, bool) {
+	k, ok := r.sealing()
+	if !ok {
+		return "", false
+	}
+	sealed := k.aead.Seal([]byte(k.id), nil, content, additional(k.id, accessKeyID))
+	return sessionMark + base64.RawURLEncoding.EncodeToString(sealed), true
+}
+
+// sealing is the newest key in force; false if there are none.
+func (r *Ring) sealing() (ringKey, bool) {
 	keys := r.keys.Load()
 	if keys == nil || len(*keys) == 0 {
-		return "", false
+		return ringKey{}, false
 	}
 	k := (*keys)[0]
 	now := r.cfg.Now()
@@ -334,8 +368,7 @@ func (r *Ring) seal(accessKeyID string, content []byte) (string, bool) {
 			k = other
 		}
 	}
-	sealed := k.aead.Seal([]byte(k.id), nil, content, additional(k.id, accessKeyID))
-	return sessionMark + base64.RawURLEncoding.EncodeToString(sealed), true
+	return k, true
 }
 
 // open gives back what was sealed. Its error is errSealed if that is certain;

@@ -227,6 +227,9 @@ func TestRevoke(t *testing.T) {
 	}
 	opens(t, a, session, "x")
 	opens(t, b, a.mustSeal(t, "y"), "y")
+	if st := a.Status(); len(st) != 2 || st[0].Sealing || !st[1].Sealing || len(st[1].ID) != 2*keyIDSize {
+		t.Errorf("status %+v", st)
+	}
 	if err := a.Rotate(t.Context(), true); err != nil {
 		t.Fatal(err)
 	}
@@ -238,6 +241,9 @@ func TestRevoke(t *testing.T) {
 		}
 	}
 	opens(t, b, a.mustSeal(t, "z"), "z")
+	if st := b.Status(); len(st) != 1 || !st[0].Sealing {
+		t.Errorf("status %+v", st)
+	}
 }
 
 // A store that cannot be reached, or read, takes nothing away, and says nothing
