@@ -39,7 +39,7 @@ IMAGE ?= latchkey:$(VERSION)
 help: ## Show this help
 	@awk 'BEGIN {FS = ":.*## "} /^[a-zA-Z_-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo "  Variables: VERSION PKG BENCH FUZZTIME IMAGE, RACE= (no race detector), PRIVILEGED=0, KEEP=1 (demo)"
+	@echo "  Variables: VERSION PKG BENCH FUZZTIME IMAGE SUITES KERNELS, RACE= (no race detector), PRIVILEGED=0, KEEP=1 (demo)"
 
 .PHONY: all
 all: generate build lint test-unit ## Generate, build, lint, unit tests
@@ -111,6 +111,16 @@ docs-kernels: ## Run every kernel and write docs/kernels.md from it, with the co
 e2e: ## A real single-node Kubernetes, the chart on it, and every suite (root); SUITES= chooses
 	@scripts/stage e2e test/suites/run $(SUITES)
 
+.PHONY: e2e-variants
+e2e-variants: ## The cluster suites on the newer runtime with systemd's cgroup names, and on cgroup v2 alone
+	@scripts/stage e2e-systemd test/suites/run --runtime new --cgroups systemd --cni ptp $(SUITES)
+	@scripts/stage e2e-v2 test/suites/run --cgroups v2 $(SUITES)
+
+.PHONY: crashes
+crashes: ## Kill the store and the server 200 times each under writes, and compare
+	@LATCHKEY_CRASHES=200 scripts/stage crashes-store $(GO) test -count=1 -timeout 30m -run Crash ./pkg/association
+	@LATCHKEY_KILLS=200 scripts/stage crashes-server $(GO) test -count=1 -timeout 30m -run Kill ./test/server
+
 .PHONY: manifests
 manifests: ## Render deploy/manifests from the chart, and the chart's golden files
 	@$(GO) test -count=1 ./test/chart -update
@@ -121,7 +131,7 @@ docs: ## Write what is generated of the documents: the CLI's manual, the table o
 	@LATCHKEY_UPDATE=1 $(GO) test -count=1 ./cmd/latchkey -run TestReferenceIsCurrent
 
 .PHONY: ci-full
-ci-full: test attacks test-kernels e2e fuzz bench ## All that there is: CI and what is too long for it
+ci-full: test attacks test-kernels e2e e2e-variants crashes fuzz bench ## All that there is: CI and what is too long for it
 
 .PHONY: lint
 lint: ## Formatting, vet, staticcheck, shellcheck and the rules of the repository
