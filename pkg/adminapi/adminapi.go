@@ -15,14 +15,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"net/url"
-	"os"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
+
+	"github.com/latchkey-dev/latchkey/pkg/adminsocket"
 )
 
 // DefaultSocket is where the agent listens unless told otherwise.
@@ -424,12 +423,8 @@ func NewClient(socket string) *Client {
 	return &Client{
 		socket: socket,
 		http: &http.Client{
-			Timeout: 10 * time.Second,
-			Transport: &http.Transport{
-				DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-					return (&net.Dialer{}).DialContext(ctx, "unix", socket)
-				},
-			},
+			Timeout:   10 * time.Second,
+			Transport: adminsocket.Transport(socket),
 		},
 	}
 }
@@ -525,9 +520,9 @@ func ask[T any](ctx context.Context, c *Client, method, path string, query url.V
 	}
 	switch {
 	case err == nil:
-	case errors.Is(err, os.ErrPermission):
+	case adminsocket.Forbidden(err):
 		return out, fmt.Errorf("%w: the admin socket %s is root's; use sudo", ErrNotPermitted, c.socket)
-	case errors.Is(err, os.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
+	case adminsocket.NobodyListens(err):
 		return out, fmt.Errorf("%w on %s: is latchkey-agent running on this node, and is --admin-socket the same? %w", ErrNoAgent, c.socket, err)
 	default:
 		return out, fmt.Errorf("ask the agent: %w", err)

@@ -7,87 +7,28 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
 	"net"
 	"net/http"
 	"os"
-	"path/filepath"
 	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/latchkey-dev/latchkey/pkg/adminapi"
+	"github.com/latchkey-dev/latchkey/pkg/adminsocket"
 	"github.com/latchkey-dev/latchkey/pkg/eksauth"
 	"github.com/latchkey-dev/latchkey/pkg/evidence"
 	"github.com/latchkey-dev/latchkey/pkg/satoken"
 )
 
-// listenAdmin makes the socket in a directory of root's alone; the permissions
-// of a socket itself are not checked by every kernel feature that reaches it,
-// those of its directory are. A socket that nobody listens on any more, left by
-// a killed agent, is replaced.
+// listenAdmin makes the admin socket.
 func listenAdmin(ctx context.Context, socket string) (net.Listener, error) {
-	dir := filepath.Dir(socket)
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return nil, fmt.Errorf("admin socket: %w", err)
+	ln, err := adminsocket.Listen(ctx, socket)
+	if errors.Is(err, adminsocket.ErrInUse) {
+		return nil, fmt.Errorf("%w, and listens on %s", ErrAnotherAgent, socket)
 	}
-	if fi, err := os.Lstat(socket); err == nil {
-		if fi.Mode()&fs.ModeSocket == 0 {
-			return nil, fmt.Errorf("admin socket: %s is there and is no socket", socket)
-		}
-		if c, err := (&net.Dialer{}).DialContext(ctx, "unix", socket); err == nil {
-			c.Close()
-			return nil, fmt.Errorf("%w, and listens on %s", ErrAnotherAgent, socket)
-		}
-		if err := os.Remove(socket); err != nil {
-			return nil, fmt.Errorf("admin socket: %w", err)
-		}
-	}
-	ln, err := (&net.ListenConfig{}).Listen(ctx, "unix", socket)
-	if err != nil {
-		return nil, fmt.Errorf("admin socket: %w", err)
-	}
-	if err := os.Chmod(socket, 0o600); err != nil {
-		ln.Close()
-		return nil, fmt.Errorf("admin socket: %w", err)
-	}
-	return &rootOnly{ln.(*net.UnixListener)}, nil
-}
-
-// rootOnly closes connections of anybody but root (or whoever runs the agent),
-// as the kernel names the peer, should the directory's mode have been changed.
-type rootOnly struct{ *net.UnixListener }
-
-func (l *rootOnly) Accept() (net.Conn, error) {
-	for {
-		c, err := l.AcceptUnix()
-		if err != nil {
-			return nil, err
-		}
-		if uid, err := peerUID(c); err == nil && (uid == 0 || uid == uint32(os.Geteuid())) {
-			return c, nil
-		}
-		c.Close()
-	}
-}
-
-func peerUID(c *net.UnixConn) (uint32, error) {
-	raw, err := c.SyscallConn()
-	if err != nil {
-		return 0, err
-	}
-	var cred *unix.Ucred
-	var cerr error
-	if err := raw.Control(func(fd uintptr) {
-		cred, cerr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
-	}); err != nil {
-		return 0, err
-	}
-	if cerr != nil {
-		return 0, cerr
-	}
-	return cred.Uid, nil
+	return ln, err
 }
 
 // errNotImplemented: this agent was built or configured without it.

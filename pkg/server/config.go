@@ -12,6 +12,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/latchkey-dev/latchkey/pkg/adminsocket"
 	"github.com/latchkey-dev/latchkey/pkg/eksapi"
 )
 
@@ -140,8 +141,8 @@ func (c *Config) check() error {
 			return fmt.Errorf("%w: %s %q: give an absolute path", ErrConfig, p.flag, p.value)
 		}
 	}
-	if len(c.AdminSocket) > maxSocketPath {
-		return fmt.Errorf("%w: admin socket %s: a socket's path has at most %d bytes; give a shorter --admin-socket", ErrConfig, c.AdminSocket, maxSocketPath)
+	if err := adminsocket.CheckPath(c.AdminSocket); err != nil {
+		return fmt.Errorf("%w: %w", ErrConfig, err)
 	}
 	for _, a := range []struct{ flag, value string }{{"--listen", c.Listen}, {"--metrics-address", c.MetricsAddress}} {
 		if a.value == "" && a.flag != "--listen" {

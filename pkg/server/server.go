@@ -19,6 +19,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.opentelemetry.io/contrib/instrumentation/net/http/otelhttp"
 
+	"github.com/latchkey-dev/latchkey/pkg/adminsocket"
 	"github.com/latchkey-dev/latchkey/pkg/association"
 	"github.com/latchkey-dev/latchkey/pkg/eksapi"
 	"github.com/latchkey-dev/latchkey/pkg/etcd"
