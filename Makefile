@@ -37,7 +37,7 @@ IMAGE ?= latchkey:$(VERSION)
 
 .PHONY: help
 help: ## Show this help
-	@awk 'BEGIN {FS = ":.*## "} /^[a-zA-Z_-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk 'BEGIN {FS = ":.*## "} /^[a-zA-Z0-9_-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "  Variables: VERSION PKG BENCH FUZZTIME IMAGE SUITES KERNELS, RACE= (no race detector), PRIVILEGED=0, KEEP=1 (demo)"
 
