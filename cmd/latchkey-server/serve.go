@@ -56,6 +56,8 @@ func newServe(c *cli) *cobra.Command {
 	f.StringVar(&cfg.TLSCert, "tls-cert", "", "certificate chain `file` in PEM, read again when it changes")
 	f.StringVar(&cfg.TLSKey, "tls-key", "", "`file` with its key in PEM")
 	f.BoolVar(&cfg.InsecureHTTP, "insecure-http", false, "allow plain HTTP on addresses other than loopback")
+	f.IntVar(&cfg.MaxConnections, "max-connections", server.DefaultMaxConnections, "connections of the APIs at most")
+	f.IntVar(&cfg.MaxAddressConnections, "max-connections-per-address", server.DefaultMaxAddressConnections, "connections of one address at most (IPv6: of a /64), which may be a proxy's")
 	f.StringVar(&cfg.MetricsAddress, "metrics-address", server.DefaultMetricsAddress, "`address` of /metrics, /healthz and /readyz, host:port; empty for none")
 	f.StringVar(&cfg.STSEndpoint, "sts-endpoint", "", "`URL` of an STS-compatible server instead of AWS STS of each cluster's region")
 	f.BoolVar(&cfg.StandInSTS, "stand-in-sts", false, "call no STS and issue marked credentials that open nothing: for demos and tests")

@@ -58,6 +58,10 @@ type Config struct {
 	// empty means plain HTTP, on loopback or with InsecureHTTP only.
 	TLSCert, TLSKey string
 	InsecureHTTP    bool
+	// MaxConnections bounds the connections of the APIs, MaxAddressConnections
+	// those of one address (IPv6: a /64), which may be a proxy's. 0 means the
+	// default of that name.
+	MaxConnections, MaxAddressConnections int
 	// MetricsAddress serves /metrics, /healthz and /readyz; empty means none.
 	MetricsAddress string
 	// AdminSocket is the path of the CLI's socket; empty means admin.sock in
@@ -176,6 +180,15 @@ func (c *Config) check() error {
 	case NodeBindingRequire, NodeBindingPrefer, NodeBindingOff:
 	default:
 		return fmt.Errorf("%w: --node-binding %q: use %s, %s or %s", ErrConfig, c.NodeBinding, NodeBindingRequire, NodeBindingPrefer, NodeBindingOff)
+	}
+	if c.MaxConnections == 0 {
+		c.MaxConnections = DefaultMaxConnections
+	}
+	if c.MaxAddressConnections == 0 {
+		c.MaxAddressConnections = DefaultMaxAddressConnections
+	}
+	if c.MaxConnections < 0 || c.MaxAddressConnections < 0 {
+		return fmt.Errorf("%w: --max-connections and --max-connections-per-address are more than 0", ErrConfig)
 	}
 	if c.AuditSize <= 0 || c.AuditFiles < 0 || c.StoreQuota <= 0 {
 		return fmt.Errorf("%w: sizes and counts are not negative, and --audit-max-size and --store-quota are more than 0", ErrConfig)

@@ -30,10 +30,14 @@ func loopback(address string) bool {
 	return err == nil && a.Unmap().IsLoopback()
 }
 
-func listenTCP(ctx context.Context, address string) (net.Listener, error) {
+func listenTCP(ctx context.Context, address string) (*net.TCPListener, error) {
 	lc := net.ListenConfig{}
 	lc.SetMultipathTCP(false)
-	return lc.Listen(ctx, "tcp", address)
+	ln, err := lc.Listen(ctx, "tcp", address)
+	if err != nil {
+		return nil, err
+	}
+	return ln.(*net.TCPListener), nil
 }
 
 // newHTTPServer is the server of every endpoint. Bodies are at most some tens of
@@ -42,6 +46,7 @@ func newHTTPServer(h http.Handler) *http.Server {
 	return &http.Server{
 		Handler: h, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 15 * time.Second,
 		WriteTimeout: time.Minute, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 64 << 10,
+		HTTP2: &http.HTTP2Config{MaxConcurrentStreams: 100},
 		// Its messages are of clients that went away, and of TLS handshakes that
 		// failed.
 		ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelDebug),

@@ -89,11 +89,12 @@ func Run(ctx context.Context, cfg Config) error {
 	}
 	// Both addresses before the store is opened: who cannot serve should not
 	// touch it. Nothing is accepted yet.
-	ln, err := listenTCP(ctx, cfg.Listen)
+	tcp, err := listenTCP(ctx, cfg.Listen)
 	if err != nil {
 		return fmt.Errorf("--listen: %w", err)
 	}
-	defer ln.Close()
+	defer tcp.Close()
+	ln := newBoundedListener(tcp, cfg.MaxConnections, cfg.MaxAddressConnections)
 	s.address = ln.Addr().String()
 	adminListener, err := listenAdmin(ctx, cfg.AdminSocket)
 	if err != nil {
@@ -165,6 +166,8 @@ func Run(ctx context.Context, cfg Config) error {
 	side, stopSide := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopSide()
 	s.metrics.registerState(s)
+	s.metrics.gauge("latchkey_server_connections", "Connections of the APIs that are open.", func() float64 { return float64(ln.connections()) })
+	s.metrics.counter("latchkey_server_connections_refused_total", "Connections of the APIs closed at once, because there were too many.", func() float64 { return float64(ln.refused.Load()) })
 	// Not before: until now nothing filled the index.
 	s.control.seen = func(ctx context.Context, revision int64) {
 		ctx, cancel := context.WithTimeout(ctx, time.Second)
