@@ -46,6 +46,16 @@ func newUpstream(ctx context.Context, cfg *Config, log *slog.Logger, observe fun
 	if err != nil {
 		return nil, fmt.Errorf("read the AWS configuration: %w", err)
 	}
+	// What the SDK read of the CA bundle was for good. The transport serves the
+	// node token too.
+	if file := caBundle(a.ConfigSources); file != "" {
+		if base, ok := ec.Transport.(*http.Transport); ok {
+			ec.Transport, err = eksauth.NewBundleTransport(eksauth.BundleConfig{File: file, Base: base, Logger: log})
+			if err != nil {
+				return nil, fmt.Errorf("%w: %w", ErrConfig, err)
+			}
+		}
+	}
 	ec.ClusterName = cfg.ClusterName
 	ec.Observe = observe
 	ec.Permit = permit
@@ -73,6 +83,24 @@ func newUpstream(ctx context.Context, cfg *Config, log *slog.Logger, observe fun
 		return nil, fmt.Errorf("EKS Auth client: %w", err)
 	}
 	return c, nil
+}
+
+// caBundle is the file that AWS_CA_BUNDLE or the profile names, as the SDK finds
+// it: the first of its sources that has one.
+func caBundle(sources []any) string {
+	for _, source := range sources {
+		file := ""
+		switch s := source.(type) {
+		case awsconfig.EnvConfig:
+			file = s.CustomCABundle
+		case awsconfig.SharedConfig:
+			file = s.CustomCABundle
+		}
+		if file != "" {
+			return file
+		}
+	}
+	return ""
 }
 
 // credentialsFile reads the default profile of the shared credentials file

@@ -3,17 +3,25 @@
 package agent
 
 import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/big"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
+	"github.com/latchkey-dev/latchkey/pkg/eksauth"
 	"github.com/latchkey-dev/latchkey/pkg/nodeauth"
 )
 
@@ -144,4 +152,91 @@ func TestNodeTokenIsTheOnlySource(t *testing.T) {
 	if len(signed) == 0 || !strings.Contains(signed[0], "Credential=LKNODEEXAMPLE/") {
 		t.Errorf("signed with %q, want the server's key", signed)
 	}
+}
+
+// A private CA is replaced while the agent runs: the node's credentials and the
+// pods' are fetched from the server of the new CA without a restart, wherever
+// the file is named.
+func TestChangedCABundle(t *testing.T) {
+	for name, set := range map[string]func(t *testing.T, bundle string){
+		"AWS_CA_BUNDLE": func(t *testing.T, bundle string) { t.Setenv("AWS_CA_BUNDLE", bundle) },
+		"profile": func(t *testing.T, bundle string) {
+			if err := os.WriteFile(os.Getenv("AWS_CONFIG_FILE"), []byte("[default]\nca_bundle = "+bundle+"\n"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			lonely(t)
+			t.Setenv("AWS_REGION", "eu-central-1")
+			dir := t.TempDir()
+			token, bundle := filepath.Join(dir, "token"), filepath.Join(dir, "ca.pem")
+			write := func(file string, content []byte) {
+				t.Helper()
+				if err := os.WriteFile(file+".new", content, 0o600); err != nil {
+					t.Fatal(err)
+				}
+				if err := os.Rename(file+".new", file); err != nil {
+					t.Fatal(err)
+				}
+			}
+			write(token, []byte("a.b.c"))
+			var asked sync.Map
+			server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				asked.Store(r.URL.Path, true)
+				if r.URL.Path != nodeauth.Path("prod") {
+					w.Header().Set("X-Amzn-Errortype", "ResourceNotFoundException")
+					w.WriteHeader(http.StatusNotFound)
+					return
+				}
+				fmt.Fprintf(w, `{"node":{"name":"n1"},"credentials":{"accessKeyId":"LKNODEEXAMPLE","secretAccessKey":"secret","sessionToken":"session","expiration":%d}}`,
+					time.Now().Add(time.Hour).Unix())
+			}))
+			server.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelError) // of handshakes before the change
+			server.StartTLS()
+			defer server.Close()
+			write(bundle, otherCA(t))
+			set(t, bundle)
+
+			cfg := good()
+			cfg.ClusterName, cfg.NodeTokenFile, cfg.Endpoint = "prod", token, server.URL
+			client, err := newUpstream(t.Context(), &cfg, slog.New(slog.DiscardHandler), nil, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := client.AssumeRoleForPodIdentity(t.Context(), "a.b.c"); !errors.Is(err, eksauth.ErrNodeCredentials) {
+				t.Fatalf("a server of another CA: %v", err)
+			}
+			write(bundle, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw}))
+			// The file and a provider that has failed are not asked at once again.
+			deadline := time.Now().Add(time.Minute)
+			for !errors.Is(err, eksauth.ErrNotFound) {
+				if time.Now().After(deadline) {
+					t.Fatalf("the new CA is not trusted: %v", err)
+				}
+				time.Sleep(50 * time.Millisecond)
+				_, err = client.AssumeRoleForPodIdentity(t.Context(), "a.b.c")
+			}
+			for _, path := range []string{nodeauth.Path("prod"), "/clusters/prod/assume-role-for-pod-identity"} {
+				if _, ok := asked.Load(path); !ok {
+					t.Errorf("nobody asked %s", path)
+				}
+			}
+		})
+	}
+}
+
+// otherCA is a certificate that vouches for nobody here.
+func otherCA(t *testing.T) []byte {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ca := &x509.Certificate{SerialNumber: big.NewInt(1), IsCA: true, BasicConstraintsValid: true, NotAfter: time.Now().Add(time.Hour)}
+	der, err := x509.CreateCertificate(rand.Reader, ca, ca, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
 }
