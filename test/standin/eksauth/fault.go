@@ -3,7 +3,6 @@
 package eksauth
 
 import (
-	"context"
 	"maps"
 	"net/http"
 	"slices"
@@ -90,57 +89,11 @@ func (s *Server) Inject(f Fault) {
 			f.Status = http.StatusInternalServerError
 		}
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if f.Times == 0 {
-		f.Times = -1
-	}
-	s.faults = append(s.faults, &f)
+	s.faults.Add(f, f.Times)
 }
 
 // ClearFaults makes the stand-in answer properly again.
-func (s *Server) ClearFaults() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.faults = nil
-}
-
-// nextFault takes the fault for one call. s.mu is held.
-func (s *Server) nextFault() Fault {
-	for len(s.faults) > 0 {
-		f := s.faults[0]
-		if f.Times == 0 {
-			s.faults = s.faults[1:]
-			continue
-		}
-		if f.Times > 0 {
-			f.Times--
-		}
-		return *f
-	}
-	return Fault{}
-}
-
-// wait holds the call back; false if the caller left meanwhile.
-func (f *Fault) wait(ctx context.Context) bool {
-	if f.Delay > 0 {
-		t := time.NewTimer(f.Delay)
-		defer t.Stop()
-		select {
-		case <-t.C:
-		case <-ctx.Done():
-			return false
-		}
-	}
-	if f.Hold != nil {
-		select {
-		case <-f.Hold:
-		case <-ctx.Done():
-			return false
-		}
-	}
-	return true
-}
+func (s *Server) ClearFaults() { s.faults.Clear() }
 
 // applyMember bends one member of the answer.
 func applyMember(answer map[string]any, path string, kind Kind) {

@@ -3,19 +3,14 @@
 package eksauth
 
 import (
-	"crypto/hmac"
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"net/http"
-	"net/url"
-	"regexp"
 	"slices"
-	"strconv"
-	"strings"
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
+
+	"github.com/latchkey-dev/latchkey/test/standin/wire"
 )
 
 // identity is who a genuine token speaks for.
@@ -93,95 +88,28 @@ func (s *Server) checkToken(raw string, keys jose.JSONWebKeySet) (identity, *api
 	return identity{k.Namespace, k.ServiceAccount.Name, k.Pod.Name, k.Pod.UID}, nil
 }
 
-func signatureForm() *regexp.Regexp {
-	return regexp.MustCompile(`^AWS4-HMAC-SHA256 Credential=([A-Z0-9]{4,128})/(\d{8})/([a-z0-9-]+)/([a-z0-9-]+)/aws4_request, ?SignedHeaders=([a-z0-9;-]+), ?Signature=([0-9a-f]{64})$`)
-}
-
 // checkSignature judges the request's SigV4 signature and returns the caller's
-// access key id. With Config.Callers it computes the signature itself, from the
-// SigV4 documents and not with the SDK.
+// access key id. With Config.Callers the signature is computed.
 func (s *Server) checkSignature(r *http.Request, body []byte) (string, *apiError) {
-	forbid := func(kind, format string, args ...any) (string, *apiError) {
-		return "", refuse(http.StatusForbidden, kind, format, args...)
+	forbid := func(kind, text string) (string, *apiError) {
+		return "", refuse(http.StatusForbidden, kind, "%s", text)
 	}
-	auth := r.Header.Get("Authorization")
-	if auth == "" {
-		return forbid("MissingAuthenticationTokenException", "Missing Authentication Token")
-	}
-	m := signatureForm().FindStringSubmatch(auth)
-	if m == nil {
-		return forbid("IncompleteSignatureException", "The Authorization header is not a complete AWS4-HMAC-SHA256 signature")
-	}
-	accessKey, day, region, service, signature := m[1], m[2], m[3], m[4], m[6]
-	signed := strings.Split(m[5], ";")
-	if service != "eks-auth" {
-		return forbid("InvalidSignatureException", "Credential should be scoped to correct service: 'eks-auth'.")
-	}
-	if region != s.cfg.Region {
-		return forbid("InvalidSignatureException", "Credential should be scoped to a valid region.")
-	}
-	if !slices.Contains(signed, "host") || !slices.Contains(signed, "x-amz-date") {
-		return forbid("IncompleteSignatureException", "Host and X-Amz-Date must be signed")
-	}
-	stamp := r.Header.Get("X-Amz-Date")
-	at, err := time.Parse("20060102T150405Z", stamp)
-	if err != nil || !strings.HasPrefix(stamp, day) {
-		return forbid("IncompleteSignatureException", "X-Amz-Date is missing or not the credential's day")
-	}
-	if skew := s.cfg.Now().Sub(at).Abs(); skew > 5*time.Minute {
-		return forbid("InvalidSignatureException", "Signature expired: %s is not within 5 minutes of now", stamp)
+	sig, flaw := wire.ReadSignature(r, "eks-auth", s.cfg.Region, s.cfg.Now())
+	if flaw != nil {
+		kind := map[wire.Flaw]string{
+			wire.Unsigned: "MissingAuthenticationTokenException", wire.Incomplete: "IncompleteSignatureException", wire.Invalid: "InvalidSignatureException",
+		}[flaw.Flaw]
+		return forbid(kind, flaw.Text)
 	}
 	if s.cfg.Callers == nil {
-		return accessKey, nil
+		return sig.AccessKeyID, nil
 	}
-	secret, ok := s.cfg.Callers[accessKey]
+	secret, ok := s.cfg.Callers[sig.AccessKeyID]
 	if !ok {
 		return forbid("UnrecognizedClientException", "The security token included in the request is invalid.")
 	}
-	want := computeSignature(r, body, secret, day, region, service, stamp, signed)
-	if !hmac.Equal([]byte(want), []byte(signature)) {
+	if !sig.MadeWith(secret, r, body) {
 		return forbid("InvalidSignatureException", "The request signature we calculated does not match the signature you provided.")
 	}
-	return accessKey, nil
-}
-
-func computeSignature(r *http.Request, body []byte, secret, day, region, service, stamp string, signed []string) string {
-	var canonical strings.Builder
-	// The path is escaped once on the wire and once more here, as for every
-	// service but S3.
-	segments := strings.Split(r.URL.EscapedPath(), "/")
-	for i, segment := range segments {
-		segments[i] = strings.ReplaceAll(url.QueryEscape(segment), "+", "%20")
-	}
-	canonical.WriteString(r.Method + "\n" + strings.Join(segments, "/") + "\n" + r.URL.Query().Encode() + "\n")
-	for _, name := range signed {
-		value := strings.Join(r.Header.Values(name), ",")
-		switch name {
-		case "host":
-			value = r.Host
-		case "content-length":
-			value = strconv.FormatInt(r.ContentLength, 10)
-		}
-		canonical.WriteString(name + ":" + strings.Join(strings.Fields(value), " ") + "\n")
-	}
-	canonical.WriteString("\n" + strings.Join(signed, ";") + "\n" + hexSum(body))
-
-	scope := strings.Join([]string{day, region, service, "aws4_request"}, "/")
-	toSign := "AWS4-HMAC-SHA256\n" + stamp + "\n" + scope + "\n" + hexSum([]byte(canonical.String()))
-	key := []byte("AWS4" + secret)
-	for _, part := range []string{day, region, service, "aws4_request"} {
-		key = mac(key, part)
-	}
-	return hex.EncodeToString(mac(key, toSign))
-}
-
-func mac(key []byte, text string) []byte {
-	h := hmac.New(sha256.New, key)
-	h.Write([]byte(text))
-	return h.Sum(nil)
-}
-
-func hexSum(b []byte) string {
-	sum := sha256.Sum256(b)
-	return hex.EncodeToString(sum[:])
+	return sig.AccessKeyID, nil
 }

@@ -3,32 +3,25 @@
 package eksauth
 
 import (
-	"crypto/rand"
-	"encoding/base32"
-	"encoding/base64"
-	"encoding/hex"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"strings"
 	"sync"
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
+
+	"github.com/latchkey-dev/latchkey/test/standin/wire"
 )
 
 // Marks by which everything this stand-in issues can be told from the real
 // service's.
 const (
-	// AccessKeyPrefix begins every access key id, which has 20 characters.
-	AccessKeyPrefix = "ASIASTANDIN"
-	// SecretPrefix begins every secret access key, which has 40 characters.
-	SecretPrefix = "standin/"
-	// SessionTokenPrefix begins every session token.
-	SessionTokenPrefix = "STANDIN//"
+	AccessKeyPrefix    = wire.AccessKeyPrefix
+	SecretPrefix       = wire.SecretPrefix
+	SessionTokenPrefix = wire.SessionTokenPrefix
 )
 
 // maxBody is far beyond any request; more is refused unread.
@@ -99,7 +92,7 @@ type Server struct {
 	mu           sync.Mutex
 	keys         jose.JSONWebKeySet
 	associations map[[2]string]Association
-	faults       []*Fault
+	faults       wire.Faults[Fault]
 	calls        []Call
 	inFlight     int
 	maxInFlight  int
@@ -169,7 +162,7 @@ func (s *Server) Associate(a Association) Association {
 		a.ID = old.ID
 	}
 	if a.ID == "" {
-		a.ID = "a-" + randomText(17)
+		a.ID = "a-" + strings.ToLower(wire.RandomText(17))
 	}
 	a.ARN = fmt.Sprintf("arn:%s:eks:%s:%s:podidentityassociation/%s/%s",
 		s.partition(), s.cfg.Region, s.cfg.Account, s.cfg.Cluster, a.ID)
@@ -223,7 +216,8 @@ func (s *Server) InFlight() (now, most int) {
 func (s *Server) Reset() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.calls, s.faults, s.maxInFlight = nil, nil, s.inFlight
+	s.calls, s.maxInFlight = nil, s.inFlight
+	s.faults.Clear()
 }
 
 // apiError is a modelled error of the service.
@@ -244,10 +238,10 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s.mu.Lock()
 	s.inFlight++
 	s.maxInFlight = max(s.maxInFlight, s.inFlight)
-	fault := s.nextFault()
+	fault := s.faults.Next(func(Fault) bool { return true })
 	s.mu.Unlock()
 
-	call := Call{Time: s.cfg.Now(), RequestID: newUUID(), Fault: fault.Kind}
+	call := Call{Time: s.cfg.Now(), RequestID: wire.RequestID(), Fault: fault.Kind}
 	record := func() {
 		s.mu.Lock()
 		s.inFlight--
@@ -262,13 +256,13 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		s.writeError(w, call.RequestID, &fault, refuse(call.Status, call.ErrorType, "cannot read the request"))
 		return
 	}
-	if !fault.wait(r.Context()) {
+	if !wire.Wait(r.Context(), fault.Delay, fault.Hold) {
 		record()
 		return
 	}
 	if fault.Kind == Reset {
 		record()
-		reset(w)
+		wire.Reset(w)
 		return
 	}
 
@@ -343,8 +337,8 @@ func (s *Server) issue(assoc Association, who identity, lifetime time.Duration, 
 		lifetime = min(lifetime, 59*time.Minute)
 	}
 	account, roleName := splitRole(role, s.cfg.Account)
-	session := fmt.Sprintf("eks-%.10s-%.10s-%s", s.cfg.Cluster, who.pod, newUUID())
-	roleID := "AROASTANDIN" + strings.ToUpper(randomText(10))
+	session := fmt.Sprintf("eks-%.10s-%.10s-%s", s.cfg.Cluster, who.pod, wire.RequestID())
+	key, secret, token := wire.Credentials(s.cfg.SessionTokenBytes)
 
 	expiration := s.cfg.Now().Add(lifetime)
 	subject := map[string]any{"namespace": who.namespace, "serviceAccount": who.serviceAccount}
@@ -366,12 +360,12 @@ func (s *Server) issue(assoc Association, who identity, lifetime time.Duration, 
 		},
 		"assumedRoleUser": map[string]any{
 			"arn":          fmt.Sprintf("arn:%s:sts::%s:assumed-role/%s/%s", s.partition(), account, roleName, session),
-			"assumeRoleId": roleID + ":" + session,
+			"assumeRoleId": wire.RoleID() + ":" + session,
 		},
 		"credentials": map[string]any{
-			"accessKeyId":     AccessKeyPrefix + strings.ToUpper(randomText(20-len(AccessKeyPrefix))),
-			"secretAccessKey": SecretPrefix + randomBase64(40-len(SecretPrefix)),
-			"sessionToken":    SessionTokenPrefix + randomBase64(max(0, s.cfg.SessionTokenBytes-len(SessionTokenPrefix))),
+			"accessKeyId":     key,
+			"secretAccessKey": secret,
+			"sessionToken":    token,
 			"expiration":      expiration.Unix(),
 		},
 	}
@@ -396,11 +390,7 @@ func (s *Server) writeAnswer(w http.ResponseWriter, requestID string, fault *Fau
 	h.Set("X-Amzn-RequestId", requestID)
 	h.Set("Date", s.cfg.Now().UTC().Format(http.TimeFormat))
 	if fault.Kind == Truncated {
-		// The length promises more than is sent; the connection ends short.
-		h.Set("Content-Length", fmt.Sprint(len(body)))
-		w.WriteHeader(http.StatusOK)
-		_, _ = w.Write(body[:len(body)/2])
-		panic(http.ErrAbortHandler)
+		wire.Truncate(w, body)
 	}
 	_, _ = w.Write(body)
 }
@@ -446,44 +436,3 @@ func splitRole(arn, fallbackAccount string) (account, name string) {
 	}
 	return parts[4], parts[5][strings.LastIndexByte(parts[5], '/')+1:]
 }
-
-// reset ends the connection with a TCP RST where it can.
-func reset(w http.ResponseWriter) {
-	hijacker, ok := w.(http.Hijacker)
-	if !ok {
-		panic(http.ErrAbortHandler)
-	}
-	conn, _, err := hijacker.Hijack()
-	if err != nil {
-		panic(http.ErrAbortHandler)
-	}
-	if tcp, ok := conn.(*net.TCPConn); ok {
-		_ = tcp.SetLinger(0)
-	}
-	_ = conn.Close()
-}
-
-func randomBytes(n int) []byte {
-	b := make([]byte, n)
-	_, _ = rand.Read(b) // never fails since Go 1.24
-	return b
-}
-
-// randomText is n characters of a to z and 2 to 7.
-func randomText(n int) string {
-	return strings.ToLower(base32.StdEncoding.EncodeToString(randomBytes(n))[:n])
-}
-
-func randomBase64(n int) string {
-	return base64.StdEncoding.EncodeToString(randomBytes(n))[:n]
-}
-
-func newUUID() string {
-	b := randomBytes(16)
-	b[6], b[8] = b[6]&0x0f|0x40, b[8]&0x3f|0x80
-	h := hex.EncodeToString(b)
-	return strings.Join([]string{h[:8], h[8:12], h[12:16], h[16:20], h[20:]}, "-")
-}
-
-// ErrClosed is returned by Resume after Close.
-var ErrClosed = errors.New("the stand-in is closed")

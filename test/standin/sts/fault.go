@@ -3,8 +3,6 @@
 package sts
 
 import (
-	"context"
-	"net"
 	"net/http"
 	"time"
 )
@@ -82,71 +80,12 @@ func Refusals() map[string]Fault {
 
 // Inject adds a fault behind those there are: each call takes the first one
 // that is for it and not used up.
-func (s *Server) Inject(f Fault) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if f.Times == 0 {
-		f.Times = -1
-	}
-	s.faults = append(s.faults, &f)
-}
+func (s *Server) Inject(f Fault) { s.faults.Add(f, f.Times) }
 
 // ClearFaults makes the stand-in answer properly again.
-func (s *Server) ClearFaults() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.faults = nil
-}
+func (s *Server) ClearFaults() { s.faults.Clear() }
 
 // nextFault takes the fault for one call.
 func (s *Server) nextFault(call Call) Fault {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, f := range s.faults {
-		if f.Times == 0 || f.RoleARN != "" && f.RoleARN != call.RoleARN {
-			continue
-		}
-		if f.Times > 0 {
-			f.Times--
-		}
-		return *f
-	}
-	return Fault{}
-}
-
-// wait holds the call back; false if the caller left meanwhile.
-func (f *Fault) wait(ctx context.Context) bool {
-	if f.Delay > 0 {
-		t := time.NewTimer(f.Delay)
-		defer t.Stop()
-		select {
-		case <-t.C:
-		case <-ctx.Done():
-			return false
-		}
-	}
-	if f.Hold != nil {
-		select {
-		case <-f.Hold:
-		case <-ctx.Done():
-			return false
-		}
-	}
-	return true
-}
-
-// reset ends the connection with a TCP RST where it can.
-func reset(w http.ResponseWriter) {
-	hijacker, ok := w.(http.Hijacker)
-	if !ok {
-		panic(http.ErrAbortHandler)
-	}
-	conn, _, err := hijacker.Hijack()
-	if err != nil {
-		panic(http.ErrAbortHandler)
-	}
-	if tcp, ok := conn.(*net.TCPConn); ok {
-		_ = tcp.SetLinger(0)
-	}
-	_ = conn.Close()
+	return s.faults.Next(func(f Fault) bool { return f.RoleARN == "" || f.RoleARN == call.RoleARN })
 }

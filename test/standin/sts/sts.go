@@ -3,10 +3,6 @@
 package sts
 
 import (
-	"crypto/rand"
-	"encoding/base32"
-	"encoding/base64"
-	"encoding/hex"
 	"encoding/json"
 	"encoding/xml"
 	"fmt"
@@ -21,17 +17,16 @@ import (
 	"sync"
 	"time"
 	"unicode/utf8"
+
+	"github.com/latchkey-dev/latchkey/test/standin/wire"
 )
 
 // Marks by which everything this stand-in issues can be told from the real
 // service's.
 const (
-	// AccessKeyPrefix begins every access key id, which has 20 characters.
-	AccessKeyPrefix = "ASIASTANDIN"
-	// SecretPrefix begins every secret access key, which has 40 characters.
-	SecretPrefix = "standin/"
-	// SessionTokenPrefix begins every session token.
-	SessionTokenPrefix = "STANDIN//"
+	AccessKeyPrefix    = wire.AccessKeyPrefix
+	SecretPrefix       = wire.SecretPrefix
+	SessionTokenPrefix = wire.SessionTokenPrefix
 )
 
 // maxBody is far beyond any request.
@@ -124,7 +119,7 @@ type Server struct {
 	roles    map[string]Role
 	removed  map[string]bool
 	sessions map[string]session
-	faults   []*Fault
+	faults   wire.Faults[Fault]
 	calls    []Call
 }
 
@@ -193,7 +188,7 @@ type caller struct {
 // ServeHTTP answers one request.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	call := Call{
-		Time: s.cfg.Now(), RequestID: newUUID(), Host: r.Host, Connection: r.RemoteAddr, UserAgent: r.UserAgent(),
+		Time: s.cfg.Now(), RequestID: wire.RequestID(), Host: r.Host, Connection: r.RemoteAddr, UserAgent: r.UserAgent(),
 	}
 	defer func() {
 		s.mu.Lock()
@@ -209,13 +204,13 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	form, failure := s.parse(r, body, &call)
 	fault := s.nextFault(call)
 	call.Fault = fault.Kind
-	if !fault.wait(r.Context()) {
+	if !wire.Wait(r.Context(), fault.Delay, fault.Hold) {
 		return
 	}
 	var answer any
 	switch {
 	case fault.Kind == Reset:
-		reset(w)
+		wire.Reset(w)
 		return
 	case fault.Kind == Refuse:
 		failure = refuse(fault.Status, fault.Code, "%s", fault.Message)
@@ -236,10 +231,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		out = fault.Body
 	}
 	if fault.Kind == Truncated {
-		w.Header().Set("Content-Length", strconv.Itoa(len(out)))
-		w.WriteHeader(http.StatusOK)
-		_, _ = w.Write(out[:len(out)/2])
-		panic(http.ErrAbortHandler)
+		wire.Truncate(w, out)
 	}
 	_, _ = w.Write(out)
 }
@@ -354,15 +346,14 @@ func (s *Server) assumeRole(form url.Values, call *Call, who caller, fault Fault
 	}
 	parts := strings.SplitN(role.ARN, ":", 6)
 	name := parts[5][strings.LastIndexByte(parts[5], '/')+1:]
+	key, secret, token := wire.Credentials(s.cfg.SessionTokenBytes)
 	made := session{
-		secret:  SecretPrefix + randomBase64(40-len(SecretPrefix)),
-		token:   SessionTokenPrefix + randomBase64(max(0, s.cfg.SessionTokenBytes-len(SessionTokenPrefix))),
+		secret: secret, token: token,
 		arn:     fmt.Sprintf("arn:%s:sts::%s:assumed-role/%s/%s", parts[1], parts[4], name, call.SessionName),
 		roleARN: role.ARN,
-		id:      "AROASTANDIN" + randomText(10) + ":" + call.SessionName,
+		id:      wire.RoleID() + ":" + call.SessionName,
 		expires: s.cfg.Now().Add(duration).UTC().Truncate(time.Second), transitive: transitive,
 	}
-	key := AccessKeyPrefix + randomText(20-len(AccessKeyPrefix))
 	s.sessions[key] = made
 	answer := &assumeRoleResponse{
 		Result: assumeRoleResult{
@@ -519,22 +510,4 @@ func (s *Server) writeError(w http.ResponseWriter, requestID string, fault *Faul
 	out, _ := xml.Marshal(errorResponse{Error: errorMember{kind, e.code, e.message}, RequestID: requestID})
 	w.WriteHeader(e.status)
 	_, _ = w.Write(out)
-}
-
-func randomBytes(n int) []byte {
-	b := make([]byte, n)
-	_, _ = rand.Read(b) // never fails since Go 1.24
-	return b
-}
-
-// randomText is n characters of A to Z and 2 to 7.
-func randomText(n int) string { return base32.StdEncoding.EncodeToString(randomBytes(n))[:n] }
-
-func randomBase64(n int) string { return base64.StdEncoding.EncodeToString(randomBytes(n))[:n] }
-
-func newUUID() string {
-	b := randomBytes(16)
-	b[6], b[8] = b[6]&0x0f|0x40, b[8]&0x3f|0x80
-	h := hex.EncodeToString(b)
-	return strings.Join([]string{h[:8], h[8:12], h[12:16], h[16:20], h[20:]}, "-")
 }
