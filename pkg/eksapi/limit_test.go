@@ -6,10 +6,14 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/latchkey-dev/latchkey/pkg/sigv4"
+	"github.com/latchkey-dev/latchkey/pkg/strangers"
 )
 
 // What nothing is asked of.
@@ -80,6 +84,40 @@ func TestBodies(t *testing.T) {
 	}
 	if b.all != 0 || len(b.from) != 0 || !take("192.0.2.1:1") {
 		t.Errorf("%d left, of %d addresses", b.all, len(b.from))
+	}
+}
+
+// A large body has its place until its caller is known, or refused, and not
+// longer. Without a place it is not read, and nothing is said of the caller.
+func TestPlacesForBodies(t *testing.T) {
+	h, err := New(Config{Associations: noStore{}, Index: noIndex{}, Tokens: noTokens{}, Issuer: noIssuer{}, Keys: noKeys{},
+		Strangers: strangers.New(strangers.Config{Failures: strangers.Rate{PerSecond: -1}})})
+	if err != nil {
+		t.Fatal(err)
+	}
+	send := func(size int) int {
+		r := httptest.NewRequest(http.MethodPost, "/clusters/prod/pod-identity-associations", strings.NewReader(strings.Repeat("x", size)))
+		at := time.Now().UTC()
+		r.Header.Set("X-Amz-Date", at.Format("20060102T150405Z"))
+		r.Header.Set("Authorization", "AWS4-HMAC-SHA256 Credential=SOMEBODY/"+at.Format("20060102")+
+			"/eu-central-1/eks/aws4_request, SignedHeaders=host;x-amz-date, Signature="+strings.Repeat("0", 64))
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, r)
+		return w.Code
+	}
+	for i := range peerBodies + 1 {
+		if status := send(freeBody + 1); status != http.StatusForbidden {
+			t.Fatalf("body %d: %d", i, status)
+		}
+	}
+	b := h.(*api).bodies
+	for range peerBodies {
+		if _, ok := b.take("192.0.2.1:1234"); !ok { // httptest's own
+			t.Fatal("a place was not given back")
+		}
+	}
+	if large, small := send(freeBody+1), send(freeBody); large != http.StatusServiceUnavailable || small != http.StatusForbidden {
+		t.Errorf("without a place: a large body %d, a small one %d", large, small)
 	}
 }
 

@@ -17,8 +17,9 @@ import (
 // http.ServeMux.
 const Pattern = "POST /latchkey/v1/clusters/{name}/node-credentials"
 
-// maxBody is far beyond any request.
-const maxBody = 64 << 10
+// maxBody is beyond any request: a token of satoken.MaxTokenSize. Whoever sends
+// it has proved nothing yet.
+const maxBody = 20 << 10
 
 // ServeHTTP answers one exchange; the path's {name} is the cluster. Its errors
 // have the form of the EKS APIs. Limits per caller are the server's, around it.
