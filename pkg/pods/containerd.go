@@ -15,11 +15,6 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
-// containerd's own client is not used, nor the code generated from its API: they
-// bring grpc, which makes the agent's file half as large again and an idle agent
-// 4 to 8 MiB larger in memory. Three calls and a few fields are all there is to
-// it; the tests run them against grpc's server, and against containerd.
-
 // The calls, as in containerd's api/services. Field numbers below are theirs.
 const (
 	callList      = "/containerd.services.containers.v1.Containers/ListStream"
@@ -202,6 +197,9 @@ func (r *Runtime) listContainerd(ctx context.Context, conn *grpcConn) error {
 		return nil
 	})
 	if err != nil {
+		if !silence.Stop() {
+			err = context.DeadlineExceeded // the cancelled call says less
+		}
 		return fmt.Errorf("list containerd's containers: %w", err)
 	}
 	r.catalog.keepOnly(RuntimeContainerd, seen)

@@ -82,6 +82,7 @@ type fakeContainerd struct {
 	subs       []chan *types.Envelope
 	lists      int
 	hang       bool
+	fail       error // what List answers
 	server     *grpc.Server
 }
 
@@ -158,12 +159,15 @@ func (f *fakeContainerd) ListStream(_ *containersapi.ListContainersRequest, out 
 	}
 	f.mu.Lock()
 	f.lists++
-	hang := f.hang
+	hang, fail := f.hang, f.fail
 	cs := slices.Collect(maps.Values(f.containers))
 	f.mu.Unlock()
 	if hang {
 		<-out.Context().Done()
 		return out.Context().Err()
+	}
+	if fail != nil {
+		return fail
 	}
 	for _, c := range cs {
 		if err := out.Send(&containersapi.ListContainerMessage{Container: c}); err != nil {
@@ -396,6 +400,76 @@ func TestNoGRPC(t *testing.T) {
 			case name == "refused" && (!errors.As(err, &status) || status.code != 7 || status.message != "no\uFFFDway"):
 				t.Errorf("got %v", err)
 			}
+		})
+	}
+}
+
+// An answer that cannot be used is an error that can be shown.
+func TestContainerdRefuses(t *testing.T) {
+	for name, test := range map[string]struct {
+		fail error
+		spec int // bytes
+		want string
+	}{
+		"status":   {fail: status.Error(codes.PermissionDenied, "no\x1b[31m way"), want: "status 7: no\uFFFD[31m way"},
+		"too long": {spec: maxMessage, want: errGRPC.Error()},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := newFakeContainerd(t)
+			f.fail = test.fail
+			big := sandboxOfContainerd(id("a"), uidA, "web-0", "", nil)
+			big.Spec.Value = make([]byte, test.spec)
+			f.set(big)
+			f.start()
+			r := startRuntime(t, RuntimeConfig{ContainerdSockets: []string{f.socket}})
+			eventually(t, "the error", func() bool {
+				s := r.Status()
+				return len(s) == 1 && strings.Contains(s[0].Error, test.want)
+			})
+			if s := r.Status(); s[0].Connected || s[0].Connects != 0 {
+				t.Errorf("status %+v", s)
+			}
+			if m, ok := r.Metadata(uidA); ok {
+				t.Errorf("read of a message that is too long: %+v", m)
+			}
+		})
+	}
+}
+
+// Whoever listens there and is no containerd is left, and tried again.
+func TestNoContainerd(t *testing.T) {
+	for name, answer := range map[string]string{
+		"nothing": "",
+		"HTTP/1":  "HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n",
+		"noise":   strings.Repeat("\xff", 100),
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := newFakeContainerd(t) // for its path
+			ln, err := net.Listen("unix", f.socket)
+			if err != nil {
+				t.Fatal(err)
+			}
+			done := make(chan struct{})
+			go func() {
+				defer close(done)
+				for {
+					conn, err := ln.Accept()
+					if err != nil {
+						return
+					}
+					_, _ = conn.Write([]byte(answer))
+					conn.Close()
+				}
+			}()
+			r := startRuntime(t, RuntimeConfig{ContainerdSockets: []string{f.socket}})
+			eventually(t, "the error", func() bool { s := r.Status(); return len(s) == 1 && s[0].Error != "" })
+			if connects(r) != 0 {
+				t.Errorf("status %+v", r.Status())
+			}
+			ln.Close()
+			<-done
+			f.start()
+			eventually(t, "containerd", func() bool { return connects(r) == 1 })
 		})
 	}
 }
