@@ -146,7 +146,7 @@ func TestEndpoint(t *testing.T) {
 	if got, err := get("/reset"); err == nil {
 		t.Errorf("after a reset: %q", got)
 	}
-	if got, err := get("/truncated"); err == nil {
+	if got, err := get("/truncated"); got != "01234" || !errors.Is(err, io.ErrUnexpectedEOF) {
 		t.Errorf("truncated: %q, %v", got, err)
 	}
 	e.Refuse()
