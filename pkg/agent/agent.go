@@ -177,7 +177,7 @@ func run(ctx context.Context, cfg Config) error {
 	}
 
 	if err := privilege.Drop(startCapabilities()); err != nil {
-		a.log.Debug("capabilities of the start are kept", "error", err)
+		a.log.Info("capabilities of the start are kept, or could come back in a child", "error", err)
 	}
 
 	if a.server, err = credserver.New(credserver.Config{

@@ -16,9 +16,10 @@ func Capabilities() privilege.Set {
 
 // startCapabilities are needed until the programs are loaded: PERFMON because
 // they follow kernel pointers, SYS_RESOURCE for RLIMIT_MEMLOCK before Linux
-// 5.11.
+// 5.11, SETPCAP to take all three out of the bounding set then. Programs that
+// are attached again are those that are loaded, so PERFMON is not needed twice.
 func startCapabilities() privilege.Set {
-	return privilege.Of(unix.CAP_PERFMON, unix.CAP_SYS_RESOURCE)
+	return privilege.Of(unix.CAP_PERFMON, unix.CAP_SYS_RESOURCE, unix.CAP_SETPCAP)
 }
 
 // runningCapabilities: BPF reads evidence where unprivileged bpf(2) is off,

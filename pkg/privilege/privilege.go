@@ -7,7 +7,7 @@
 // whatever it holds, root regains at the next exec. So Confine takes away from
 // the bounding set and executes the program again; after that no thread, and no
 // child, has more. Drop then takes away at run time what was needed only for
-// the start.
+// the start, and from the bounding set too.
 package privilege
 
 import (
@@ -150,17 +150,30 @@ func capData(s Set) [2]unix.CapUserData {
 	}
 }
 
-// Drop gives up capabilities on every thread of the process, for good unless it
-// executes a program. In a program built with cgo it does nothing and returns
-// an error that wraps ErrCannotConfine: the Go runtime cannot reach threads
-// that C made.
+// Drop gives up capabilities on every thread of the process, for good: also in
+// the bounding set, so that no program that it executes regains them. That part
+// needs CAP_SETPCAP, which drop itself may name; without it the rest is done and
+// the error wraps ErrCannotConfine. In a program built with cgo it does nothing
+// and returns such an error too: the Go runtime cannot reach threads that C made.
 func Drop(drop Set) error {
-	effective, _, err := Held()
+	effective, bounding, err := Held()
 	if err != nil {
 		return err
 	}
+	var boundErr error
+	if bounding&drop != 0 && effective&Of(unix.CAP_SETPCAP) == 0 {
+		boundErr = fmt.Errorf("%w: bounding set: no CAP_SETPCAP", ErrCannotConfine)
+	} else {
+		for r := bounding & drop; r != 0; r &= r - 1 {
+			c := bits.TrailingZeros64(uint64(r))
+			if _, _, errno := syscall.AllThreadsSyscall6(unix.SYS_PRCTL, unix.PR_CAPBSET_DROP, uintptr(c), 0, 0, 0, 0); errno != 0 {
+				boundErr = fmt.Errorf("%w: bounding set: %s: %w", ErrCannotConfine, Of(c), errno)
+				break
+			}
+		}
+	}
 	if effective&drop == 0 {
-		return nil
+		return boundErr
 	}
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	data := capData(effective &^ drop)
@@ -170,5 +183,5 @@ func Drop(drop Set) error {
 	if errno != 0 {
 		return fmt.Errorf("%w: %w", ErrCannotConfine, errno)
 	}
-	return nil
+	return boundErr
 }
