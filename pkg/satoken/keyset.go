@@ -44,11 +44,15 @@ func (k Key) ID() string { return k.id }
 // an elliptic-curve key with its curve's.
 func (k Key) Algorithm() string { return string(k.algorithm) }
 
+// Public is the key itself, an *rsa.PublicKey or an *ecdsa.PublicKey.
+func (k Key) Public() crypto.PublicKey { return k.public }
+
 // KeySet is an immutable set of public keys. It is a KeySource that never
 // changes.
 type KeySet struct {
 	issuer  string
 	keys    map[string]Key
+	order   []string // of the keys in the document, by name
 	skipped []error
 }
 
@@ -88,6 +92,15 @@ func ParseKeySet(issuer string, document []byte) (*KeySet, error) {
 
 // Len is the number of usable keys.
 func (s *KeySet) Len() int { return len(s.keys) }
+
+// Keys are the usable keys in the order of the document.
+func (s *KeySet) Keys() []Key {
+	out := make([]Key, len(s.order))
+	for i, id := range s.order {
+		out[i] = s.keys[id]
+	}
+	return out
+}
 
 // Issuer is the issuer that the keys belong to; empty if the source names none.
 func (s *KeySet) Issuer() string { return s.issuer }
@@ -218,7 +231,9 @@ func (s *KeySet) add(id, algorithm string, public any) error {
 		s.skip("a key's name is longer than %d bytes", maxKeyIDSize)
 		return nil
 	}
-	if other, there := s.keys[id]; there && !equalKeys(other.public, public) {
+	if other, there := s.keys[id]; !there {
+		s.order = append(s.order, id)
+	} else if !equalKeys(other.public, public) {
 		return fmt.Errorf("two keys are called %q", id)
 	}
 	s.keys[id] = Key{id: id, algorithm: usable, public: public}

@@ -14,6 +14,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"math/big"
+	"slices"
 	"strings"
 	"testing"
 
@@ -112,10 +113,15 @@ func TestParseKeySetAccepts(t *testing.T) {
 			if set.Len() != len(tc.ids) || len(set.Skipped()) != tc.skipped {
 				t.Errorf("%d keys, skipped %v", set.Len(), set.Skipped())
 			}
-			for _, id := range tc.ids {
-				if key, err := set.Lookup(t.Context(), "", id); err != nil || key.ID() != id {
-					t.Errorf("key %s: %v", id, err)
+			var inOrder []string
+			for _, key := range set.Keys() {
+				inOrder = append(inOrder, key.ID())
+				if found, err := set.Lookup(t.Context(), "", key.ID()); err != nil || found != key || found.Public() == nil {
+					t.Errorf("key %s: %v", key.ID(), err)
 				}
+			}
+			if !slices.Equal(inOrder, tc.ids) {
+				t.Errorf("keys %q, want %q", inOrder, tc.ids)
 			}
 		})
 	}
