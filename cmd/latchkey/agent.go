@@ -444,6 +444,11 @@ func (c *cli) bpfVerb() *cobra.Command {
 				problem(err)
 				r.Below, err = diagnose.Below(mount, s.AttachedAt, s.Pins)
 				problem(err)
+				if slices.ContainsFunc(slices.Concat(r.Hooks, r.Below), func(h explain.Hook) bool {
+					return slices.ContainsFunc(h.Programs, func(p explain.Program) bool { return !p.Ours && p.Name == "" })
+				}) {
+					problem(errors.New("the names of others' programs are not seen from here: that takes CAP_SYS_ADMIN; run latchkey on the node itself, as root"))
+				}
 			}
 			return c.print(r, func() error { return c.printBPF(r) })
 		},
@@ -514,7 +519,7 @@ func (c *cli) doctorVerb() *cobra.Command {
 		Use:   "doctor",
 		Short: "Check the node: kernel, programs, addresses, reachability, EKS Auth, clock, what gets in the way",
 		Long: "doctor checks what credentials of pods depend on, and says of each ok, warning or failed, with what to do.\n" +
-			"It changes nothing. Connections are tried from the node and from the network namespaces of up to three\npods, in children that end at once.\n\n" + exitCodes,
+			"It changes nothing. Connections are tried from the node and from the network namespaces of up to three\npods, in children that end at once. What the agent's container may not see is unknown there: on the\nnode itself, as root, nothing is.\n\n" + exitCodes,
 		Args: commandline.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			d := &diagnose.Doctor{Agent: c.agent(), Child: c.child}

@@ -135,6 +135,11 @@ func (c *cli) lookIntoPod(ctx context.Context, in *explain.Input, dir string, ad
 	netns := filepath.Join("/proc", strconv.Itoa(pid), "ns", "net")
 	if in.Reach, err = c.child.Reach(ctx, netns, "", addresses...); err != nil {
 		in.Reach = nil
+		if errors.Is(err, diagnose.ErrNotPermitted) {
+			// The probe would fail the same.
+			in.ReachError = err.Error() + "; run latchkey on the node itself, as root"
+			return
+		}
 	}
 	leaf := ""
 	if probe {

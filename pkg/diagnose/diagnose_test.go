@@ -3,6 +3,12 @@
 package diagnose
 
 import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"net/http"
+	"net/http/httptest"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -182,5 +188,55 @@ func TestFailed(t *testing.T) {
 	t.Parallel()
 	if Failed([]Check{{State: explain.OK}, {State: explain.Warn}}) || !Failed([]Check{{State: explain.OK}, {State: explain.Fail}}) {
 		t.Error("warnings are no failures, failures are")
+	}
+}
+
+// The agent's own network namespace can be tried from without a privilege.
+func TestReachFromTheOwnNamespace(t *testing.T) {
+	t.Parallel()
+	srv := httptest.NewServer(http.NotFoundHandler())
+	defer srv.Close()
+	closed := httptest.NewServer(http.NotFoundHandler())
+	closed.Close()
+	addresses := []string{srv.Listener.Addr().String(), closed.Listener.Addr().String()}
+	var out bytes.Buffer
+	done := make(chan error)
+	// ReachFrom never gives its thread back.
+	go func() { done <- ReachFrom(context.Background(), &out, "/proc/self/ns/net", addresses) }()
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	var a answer
+	if err := json.Unmarshal(out.Bytes(), &a); err != nil || a.Denied || len(a.Reached) != 2 {
+		t.Fatalf("%s, %v", out.Bytes(), err)
+	}
+	if r := a.Reached[0]; r.Status != http.StatusNotFound || r.Error != "" || r.Local == "" {
+		t.Errorf("%+v", r)
+	}
+	if r := a.Reached[1]; r.Status != 0 || r.Error == "" {
+		t.Errorf("%+v", r)
+	}
+}
+
+// What the child says, as a program that prints it.
+func TestChildThatMayNotEnter(t *testing.T) {
+	t.Parallel()
+	for text, want := range map[string]error{`{"reached":null,"denied":true}`: ErrNotPermitted, `{"reached":[{"address":"a","status":404}]}`: nil} {
+		got, err := Child{Command: []string{"/bin/sh", "-c", "echo '" + text + "'"}}.Reach(t.Context(), "/proc/self/ns/net", "")
+		if !errors.Is(err, want) || (want == nil) != (len(got) == 1) {
+			t.Errorf("%s: %+v, %v", text, got, err)
+		}
+	}
+}
+
+func TestNamesThatTheKernelCutsOff(t *testing.T) {
+	t.Parallel()
+	for seen, want := range map[string]string{
+		"latchkey_connec": "latchkey_connect4", "latchkey_connect4": "latchkey_connect4", "latchkey_socko": "latchkey_socko",
+		"somebody_connec": "somebody_connec", "": "",
+	} {
+		if got := fullName(seen, "connect4"); got != want {
+			t.Errorf("%q: %q, not %q", seen, got, want)
+		}
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -44,7 +45,9 @@ type Doctor struct {
 	// Child tries connections from pods' network namespaces; without a Command
 	// none is tried.
 	Child Child
-	// ProcFS is /proc if empty, CNIConfig /etc/cni/net.d.
+	// ProcFS is /proc if empty. CNIConfig is /etc/cni/net.d if empty, or what the
+	// first process has there, if this one has none: a container sees the node's
+	// that way, if it is in the node's pid namespace.
 	ProcFS    string
 	CNIConfig string
 	// MaxPods is from how many pods connections are tried; 0 means 3.
@@ -68,6 +71,9 @@ func (d *Doctor) Run(ctx context.Context) []Check {
 	}
 	if d.CNIConfig == "" {
 		d.CNIConfig = "/etc/cni/net.d"
+		if _, err := os.Stat(d.CNIConfig); err != nil {
+			d.CNIConfig = filepath.Join(d.ProcFS, "1", "root", d.CNIConfig)
+		}
 	}
 	if d.MaxPods == 0 {
 		d.MaxPods = 3
@@ -98,6 +104,20 @@ func (d *Doctor) add(state explain.State, name, text, fix string) {
 	if d.Report != nil {
 		d.Report(c)
 	}
+}
+
+// onNode says how to look from the node itself.
+func (d *Doctor) onNode() string {
+	const plain = "run latchkey on the node itself, as root"
+	if d.status == nil || processName(d.ProcFS, d.status.PID) != "latchkey-agent" {
+		return plain
+	}
+	// The image's own, which is there without being installed.
+	own := filepath.Join(d.ProcFS, strconv.Itoa(d.status.PID), "root", "latchkey")
+	if _, err := os.Stat(own); err != nil {
+		return plain
+	}
+	return plain + ": " + own + " doctor"
 }
 
 func (d *Doctor) root(context.Context) {
@@ -189,7 +209,11 @@ func (d *Doctor) bpf(context.Context) {
 			if i < mine {
 				where = "before"
 			}
-			d.add(explain.Warn, "bpf", fmt.Sprintf("%s: %s (program %d, cgroup %s) runs %s Latchkey's", h.Name, p.Name, p.ID, p.Cgroup, where), hookHint(p.Name))
+			name := p.Name
+			if name == "" {
+				name = "a program whose name is not seen from here"
+			}
+			d.add(explain.Warn, "bpf", fmt.Sprintf("%s: %s (program %d, cgroup %s) runs %s Latchkey's", h.Name, name, p.ID, p.Cgroup, where), hookHint(p.Name))
 		}
 	}
 	for _, name := range []string{"client_storage", "no_tcp_sock", "inflight", "pending", "flags", "option_space", "option_write", "option_read", "accepted_storage", "no_key"} {
@@ -333,18 +357,25 @@ func (d *Doctor) reach(ctx context.Context) {
 		if p.Name != "" {
 			name = p.Namespace + "/" + p.Name
 		}
-		d.reachFrom(ctx, "pod "+name, ns, addresses)
+		if !d.reachFrom(ctx, "pod "+name, ns, addresses) {
+			d.add(explain.Unknown, "reach", "whether pods reach the agent is not seen from here: "+ErrNotPermitted.Error(), d.onNode())
+			break
+		}
 	}
 	if len(tried) == 1 {
 		d.add(explain.Warn, "reach", "no pod with a network namespace of its own runs here, so none was tried", "run it again when one does")
 	}
 }
 
-func (d *Doctor) reachFrom(ctx context.Context, who, netns string, addresses []string) {
+// reachFrom is false if the namespace may not be entered.
+func (d *Doctor) reachFrom(ctx context.Context, who, netns string, addresses []string) bool {
 	got, err := d.Child.Reach(ctx, netns, "", addresses...)
+	if errors.Is(err, ErrNotPermitted) {
+		return false
+	}
 	if err != nil {
 		d.add(explain.Warn, "reach", "from "+who+": "+firstLine(err), "run it as root on the node")
-		return
+		return true
 	}
 	ok := 0
 	for _, r := range got {
@@ -368,6 +399,7 @@ func (d *Doctor) reachFrom(ctx context.Context, who, netns string, addresses []s
 			d.add(state, "reach", r.Address+" cannot be reached from "+who+": "+r.Error, "nft list ruleset, network policies, ip rule; in the pod: ip route get")
 		}
 	}
+	return true
 }
 
 // imds looks whether the node's role can be had from the instance metadata
@@ -402,7 +434,12 @@ func (d *Doctor) imds(ctx context.Context) {
 		if link, err := os.Readlink(ns); err != nil || link == own {
 			continue
 		}
-		if got, err := d.Child.Reach(ctx, ns, "", d.IMDS); err == nil && len(got) > 0 {
+		got, err := d.Child.Reach(ctx, ns, "", d.IMDS)
+		if errors.Is(err, ErrNotPermitted) {
+			d.add(explain.Unknown, "imds", "whether pods reach the instance metadata service is not seen from here: "+err.Error(), d.onNode())
+			return
+		}
+		if err == nil && len(got) > 0 {
 			if got[0].Status != 0 {
 				d.add(explain.Warn, "imds", "pods reach the instance metadata service, and with it the node's role", "require IMDSv2 with a hop limit of 1, or refuse 169.254.169.254 to pods by network policy")
 			} else {
@@ -533,7 +570,11 @@ func (d *Doctor) cni(context.Context) {
 			}
 		}
 	}
-	entries, _ := os.ReadDir(d.CNIConfig)
+	entries, err := os.ReadDir(d.CNIConfig)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		found = true
+		d.add(explain.Unknown, "cni", "the CNI plugins' settings are not seen from here: "+err.Error(), d.onNode())
+	}
 	for _, e := range entries {
 		data, err := os.ReadFile(filepath.Join(d.CNIConfig, e.Name()))
 		if err != nil || e.IsDir() {

@@ -50,6 +50,10 @@ type Object struct {
 	ID   uint32 `json:"id"`
 	// Detail says the rest: type and size of a map, target of a link.
 	Detail string `json:"detail,omitempty"`
+
+	// program is a link's; loaded is a program's, zero if not known.
+	program uint32
+	loaded  time.Time
 }
 
 // Pinned lists what is pinned in the agent's directory: programs, links, maps.
@@ -88,7 +92,11 @@ func pinned(at, base string) (*Object, error) {
 			return nil, err
 		}
 		id, _ := info.ID()
-		return &Object{"program", name, uint32(id), info.Name + ", " + p.Type().String()}, nil
+		o := &Object{Kind: "program", Name: name, ID: uint32(id), Detail: fullName(info.Name, name) + ", " + p.Type().String()}
+		if since, ok := info.LoadTime(); ok {
+			o.loaded = bootTime().Add(since).Truncate(time.Second)
+		}
+		return o, nil
 	case "link":
 		l, err := link.LoadPinnedLink(at, nil)
 		if err != nil {
@@ -106,7 +114,7 @@ func pinned(at, base string) (*Object, error) {
 				detail += " (detached)"
 			}
 		}
-		return &Object{"link", name, uint32(info.ID), detail}, nil
+		return &Object{Kind: "link", Name: name, ID: uint32(info.ID), Detail: detail, program: uint32(info.Program)}, nil
 	case "map":
 		m, err := ebpf.LoadPinnedMap(at, nil)
 		if err != nil {
@@ -118,9 +126,23 @@ func pinned(at, base string) (*Object, error) {
 			return nil, err
 		}
 		id, _ := info.ID()
-		return &Object{"map", name, uint32(id), fmt.Sprintf("%s, key %d, value %d bytes, %d entries at most", info.Type, info.KeySize, info.ValueSize, info.MaxEntries)}, nil
+		return &Object{Kind: "map", Name: name, ID: uint32(id), Detail: fmt.Sprintf("%s, key %d, value %d bytes, %d entries at most", info.Type, info.KeySize, info.ValueSize, info.MaxEntries)}, nil
 	}
 	return nil, nil
+}
+
+// maxName is how much of a program's name the kernel itself keeps
+// (BPF_OBJ_NAME_LEN, without the NUL). The rest is in the program's BTF, which
+// only CAP_SYS_ADMIN may open.
+const maxName = 15
+
+// fullName is the name of the agent's program that is pinned as pin, also where
+// only its beginning is seen.
+func fullName(seen, pin string) string {
+	if full := ownPrefix + pin; len(seen) == maxName && strings.HasPrefix(full, seen) {
+		return full
+	}
+	return seen
 }
 
 // Hooks lists what is attached on the way of a process in a cgroup, a path
@@ -219,29 +241,32 @@ func query(dir string, at ebpf.AttachType, flags uint32) ([]link.AttachedProgram
 	return r.Programs, nil
 }
 
-// describe names a program; nothing but its id is known if it may not be
-// opened or is gone.
-func describe(p link.AttachedProgram, own map[uint32]bool, links map[ebpf.ProgramID]link.ID) explain.Program {
-	d := explain.Program{ID: uint32(p.ID), Link: uint32(links[p.ID])}
+// describe names a program. Of one that may not be opened, for which it takes
+// CAP_SYS_ADMIN, or is gone, no more is known than its pin says.
+func describe(p link.AttachedProgram, own map[uint32]explain.Program, links map[ebpf.ProgramID]link.ID) explain.Program {
+	d, ours := own[uint32(p.ID)]
+	d.ID, d.Ours = uint32(p.ID), ours
+	if id, ok := links[p.ID]; ok {
+		d.Link = uint32(id)
+	}
 	if id, ok := p.LinkID(); ok {
 		d.Link = uint32(id)
 	}
 	prog, err := ebpf.NewProgramFromID(p.ID)
 	if err != nil {
-		d.Ours = own[d.ID]
 		return d
 	}
 	defer prog.Close()
 	if info, err := prog.Info(); err == nil {
-		d.Name = info.Name
+		if !ours {
+			d.Name = info.Name
+		}
 		if since, ok := info.LoadTime(); ok {
 			d.Loaded = bootTime().Add(since).Truncate(time.Second)
 		}
 	}
 	if own == nil {
 		d.Ours = strings.HasPrefix(d.Name, ownPrefix)
-	} else {
-		d.Ours = own[d.ID]
 	}
 	return d
 }
@@ -261,8 +286,9 @@ func linksOf() map[ebpf.ProgramID]link.ID {
 	return out
 }
 
-// ownPrograms are the ids of the pinned programs; nil if nothing is pinned.
-func ownPrograms(pins string) map[uint32]bool {
+// ownPrograms are the pinned programs by id, with what their pins tell of them;
+// nil if nothing is pinned.
+func ownPrograms(pins string) map[uint32]explain.Program {
 	if pins == "" {
 		return nil
 	}
@@ -270,11 +296,20 @@ func ownPrograms(pins string) map[uint32]bool {
 	if err != nil && len(objects) == 0 {
 		return nil
 	}
-	own := map[uint32]bool{}
+	own := map[uint32]explain.Program{}
+	links := map[uint32]uint32{}
 	for _, o := range objects {
-		if o.Kind == "program" {
-			own[o.ID] = true
+		switch o.Kind {
+		case "program":
+			name, _, _ := strings.Cut(o.Detail, ",")
+			own[o.ID] = explain.Program{ID: o.ID, Name: name, Ours: true, Loaded: o.loaded}
+		case "link":
+			links[o.program] = o.ID
 		}
+	}
+	for id, p := range own {
+		p.Link = links[id]
+		own[id] = p
 	}
 	return own
 }

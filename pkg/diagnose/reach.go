@@ -27,6 +27,17 @@ import (
 // reachTimeout bounds one connection and its answer.
 const reachTimeout = 2 * time.Second
 
+// ErrNotPermitted: this process may not enter the network namespace. The
+// agent's container may not, as it lacks CAP_SYS_ADMIN.
+var ErrNotPermitted = errors.New("entering a pod's network namespace takes CAP_SYS_ADMIN")
+
+// answer is what the child writes.
+type answer struct {
+	Reached []explain.Reach `json:"reached"`
+	// Denied is set if the child may not enter the namespace.
+	Denied bool `json:"denied,omitempty"`
+}
+
 // Child makes the processes that enter a pod's network namespace. They are this
 // program executed again, do one thing, and end: whoever asks never enters
 // anything itself.
@@ -39,7 +50,7 @@ type Child struct {
 // Reach connects to each address, "ip:port", from the network namespace of a
 // file such as /proc/PID/ns/net, and asks for "/" there, which is nobody's path:
 // an agent answers 404. cgroupDir, if not empty, is the cgroup in which the
-// child is made.
+// child is made. The error is ErrNotPermitted if this process may not do that.
 func (c Child) Reach(ctx context.Context, netns, cgroupDir string, addresses ...string) ([]explain.Reach, error) {
 	ctx, cancel := context.WithTimeout(ctx, time.Duration(len(addresses)+1)*reachTimeout+3*time.Second)
 	defer cancel()
@@ -60,11 +71,14 @@ func (c Child) Reach(ctx context.Context, netns, cgroupDir string, addresses ...
 	if err := cmd.Run(); err != nil {
 		return nil, fmt.Errorf("try a connection from %s: %w: %s", netns, err, strings.TrimSpace(errs.String()))
 	}
-	var reached []explain.Reach
-	if err := json.Unmarshal(out.Bytes(), &reached); err != nil {
+	var a answer
+	if err := json.Unmarshal(out.Bytes(), &a); err != nil {
 		return nil, fmt.Errorf("try a connection from %s: %w", netns, err)
 	}
-	return reached, nil
+	if a.Denied {
+		return nil, ErrNotPermitted
+	}
+	return a.Reached, nil
 }
 
 // ReachFrom is the child's part: it enters the namespace for good, tries the
@@ -76,8 +90,14 @@ func ReachFrom(ctx context.Context, w io.Writer, netns string, addresses []strin
 	if err != nil {
 		return fmt.Errorf("open the network namespace %s: %w", netns, err)
 	}
-	err = unix.Setns(fd, unix.CLONE_NEWNET)
+	// To stay where it is needs no privilege.
+	if !isOwnNetns(fd) {
+		err = unix.Setns(fd, unix.CLONE_NEWNET)
+	}
 	_ = unix.Close(fd)
+	if errors.Is(err, unix.EPERM) {
+		return json.NewEncoder(w).Encode(answer{Denied: true})
+	}
 	if err != nil {
 		return fmt.Errorf("enter the network namespace %s: %w", netns, err)
 	}
@@ -85,7 +105,13 @@ func ReachFrom(ctx context.Context, w io.Writer, netns string, addresses []strin
 	for _, a := range addresses {
 		out = append(out, reach(ctx, a))
 	}
-	return json.NewEncoder(w).Encode(out)
+	return json.NewEncoder(w).Encode(answer{Reached: out})
+}
+
+// isOwnNetns tells whether an open network namespace is this thread's.
+func isOwnNetns(fd int) bool {
+	var it, own unix.Stat_t
+	return unix.Fstat(fd, &it) == nil && unix.Stat("/proc/thread-self/ns/net", &own) == nil && it.Dev == own.Dev && it.Ino == own.Ino
 }
 
 // reach runs on the calling thread alone: an address in numbers is dialed by

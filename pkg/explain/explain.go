@@ -37,6 +37,9 @@ type Input struct {
 	Injection *Injection
 	// Reach is what became of connections from the pod's network namespace.
 	Reach []Reach
+	// ReachError is why no connection could be tried from there; empty if none
+	// was to be.
+	ReachError string
 	// Probe is what became of a connection from within the pod's cgroup too;
 	// nil if none was tried.
 	Probe *Reach

@@ -113,6 +113,7 @@ func TestExplain(t *testing.T) {
 			in.Facts.Status.Listeners[0] = adminapi.Listener{Address: "169.254.170.23:80", Error: "in use"}
 		}, NotServing, "address", "does not serve 169.254.170.23:80"},
 		"unreachable": {func(in *Input) { in.Reach[0] = Reach{Address: "169.254.170.23:80", Error: "no route to host"} }, Unreachable, "reach", "no route to host"},
+		"not seen":    {func(in *Input) { in.Reach, in.ReachError = nil, "it takes CAP_SYS_ADMIN" }, None, "", "served"},
 		"detached":    {func(in *Input) { in.Hooks[0].Programs = nil }, NotAttached, "hooks", "not attached any more"},
 		"shadowed": {func(in *Input) {
 			*in = unserved()
@@ -282,4 +283,20 @@ func FuzzParseClaims(f *testing.F) {
 			}
 		}
 	})
+}
+
+// Where no connection could be tried, the explanation says so, and no more.
+func TestWhatCannotBeTriedIsUnknown(t *testing.T) {
+	t.Parallel()
+	in := healthy()
+	in.Reach, in.ReachError = nil, "it takes CAP_SYS_ADMIN"
+	for _, s := range Explain(in).Steps {
+		if s.Name == "reach" {
+			if s.State != Unknown || !strings.Contains(s.Text, "not seen from here: it takes CAP_SYS_ADMIN") {
+				t.Errorf("%+v", s)
+			}
+			return
+		}
+	}
+	t.Error("there is no such step")
 }

@@ -504,7 +504,14 @@ func (w *walk) passed() bool {
 // reach comes behind the hooks: a program of another's explains more than what
 // became of a connection.
 func (w *walk) reach() {
-	if w.cause != nil || w.f.Pod == nil || len(w.in.Reach) == 0 {
+	if w.cause != nil || w.f.Pod == nil {
+		return
+	}
+	if w.in.ReachError != "" {
+		w.add(Unknown, "reach", "whether the pod reaches "+w.host+" is not seen from here: "+w.in.ReachError, "", time.Time{})
+		return
+	}
+	if len(w.in.Reach) == 0 {
 		return
 	}
 	if why := w.unreached(); why != "" {
