@@ -182,7 +182,7 @@ func (f *flakyWatcher) breakAll() {
 }
 
 func flakyClient(t testing.TB) (*clientv3.Client, *flakyWatcher) {
-	c := *client(t) //nolint // a copy with another Watcher is what is wanted
+	c := *shared.Client(t) //nolint // a copy with another Watcher is what is wanted
 	f := &flakyWatcher{Watcher: c.Watcher}
 	c.Watcher = f
 	return &c, f
@@ -382,7 +382,7 @@ func TestIndexDamage(t *testing.T) {
 }
 
 func TestIndexBeforeItsList(t *testing.T) {
-	x := NewIndex(IndexConfig{Client: client(t), Now: func() time.Time { return time.Now().Add(time.Hour) }})
+	x := NewIndex(IndexConfig{Client: shared.Client(t), Now: func() time.Time { return time.Now().Add(time.Hour) }})
 	if x.Ready() {
 		t.Error("ready before anything was read")
 	}

@@ -5,11 +5,8 @@ package association
 import (
 	"context"
 	"errors"
-	"fmt"
 	"os"
 	"strings"
-	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -17,46 +14,19 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/latchkey-dev/latchkey/pkg/etcd"
+	"github.com/latchkey-dev/latchkey/test/realetcd"
 )
 
 // One etcd serves all tests of the package, each below its own prefix.
-var shared struct {
-	once   sync.Once
-	server *etcd.Server
-	dir    string
-	err    error
-}
+var shared realetcd.Shared
 
 func TestMain(m *testing.M) {
 	if dir := os.Getenv(crashDirEnv); dir != "" {
 		crashChild(dir)
 		return
 	}
-	code := m.Run()
-	if shared.server != nil {
-		if err := shared.server.Close(); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			code = 1
-		}
-		os.RemoveAll(shared.dir)
-	}
-	os.Exit(code)
+	os.Exit(shared.Run(m))
 }
-
-func client(t testing.TB) *clientv3.Client {
-	t.Helper()
-	shared.once.Do(func() {
-		if shared.dir, shared.err = os.MkdirTemp("", "association-test-"); shared.err == nil {
-			shared.server, shared.err = etcd.Start(context.Background(), etcd.Config{Dir: shared.dir})
-		}
-	})
-	if shared.err != nil {
-		t.Fatal(shared.err)
-	}
-	return shared.server.Client()
-}
-
-var prefixes atomic.Int64
 
 // patience is far more than anything takes on a loaded machine.
 const patience = 2 * time.Minute
@@ -65,8 +35,7 @@ const patience = 2 * time.Minute
 func testConfig(t testing.TB) Config {
 	t.Helper()
 	return Config{
-		Client: client(t), Prefix: fmt.Sprintf("/test/%s/%d/", strings.ReplaceAll(t.Name(), "/", "-"), prefixes.Add(1)),
-		Timeout: patience, MaxTxnOps: etcd.MaxTxnOps,
+		Client: shared.Client(t), Prefix: shared.Prefix(), Timeout: patience, MaxTxnOps: etcd.MaxTxnOps,
 	}
 }
 

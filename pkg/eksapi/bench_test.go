@@ -67,7 +67,7 @@ var benchWorld struct {
 func prepare(b *testing.B) {
 	b.Helper()
 	benchWorld.once.Do(func() {
-		client := etcdClient(b)
+		client := shared.Client(b)
 		prefix := "/bench/"
 		store := association.NewStore(association.Config{Client: client, Prefix: prefix, Timeout: patience, MaxTxnOps: etcd.MaxTxnOps})
 		key := rsaSigner(b)

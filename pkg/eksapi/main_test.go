@@ -17,7 +17,6 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -26,7 +25,6 @@ import (
 	awshttp "github.com/aws/aws-sdk-go-v2/aws/transport/http"
 	"github.com/aws/aws-sdk-go-v2/service/eks"
 	"github.com/aws/smithy-go"
-	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/latchkey-dev/latchkey/pkg/association"
 	"github.com/latchkey-dev/latchkey/pkg/eksapi"
@@ -36,48 +34,22 @@ import (
 	"github.com/latchkey-dev/latchkey/pkg/sigv4"
 	"github.com/latchkey-dev/latchkey/pkg/strangers"
 	"github.com/latchkey-dev/latchkey/pkg/tokencheck"
+	"github.com/latchkey-dev/latchkey/test/realetcd"
 	"github.com/latchkey-dev/latchkey/test/standin/tokens"
 )
 
 // One etcd serves all tests of the package, each below its own prefix.
-var shared struct {
-	once    sync.Once
-	server  *etcd.Server
-	dir     string
-	err     error
-	prefix  atomic.Int64
-	signers sync.Map
-}
+var shared realetcd.Shared
 
-func TestMain(m *testing.M) {
-	code := m.Run()
-	if shared.server != nil {
-		if err := shared.server.Close(); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			code = 1
-		}
-		os.RemoveAll(shared.dir)
-	}
-	os.Exit(code)
-}
+func TestMain(m *testing.M) { os.Exit(shared.Run(m)) }
 
-func etcdClient(t testing.TB) *clientv3.Client {
-	t.Helper()
-	shared.once.Do(func() {
-		if shared.dir, shared.err = os.MkdirTemp("", "eksapi-test-"); shared.err == nil {
-			shared.server, shared.err = etcd.Start(context.Background(), etcd.Config{Dir: shared.dir})
-		}
-	})
-	if shared.err != nil {
-		t.Fatal(shared.err)
-	}
-	return shared.server.Client()
-}
+// signers are the token keys of clusters, by name.
+var signers sync.Map
 
 // signer is the token key of a cluster, made once.
 func signer(t testing.TB, cluster string) *tokens.Signer {
 	t.Helper()
-	if s, ok := shared.signers.Load(cluster); ok {
+	if s, ok := signers.Load(cluster); ok {
 		return s.(*tokens.Signer)
 	}
 	// All clusters have the same issuer, as those of kubeadm do.
@@ -85,7 +57,7 @@ func signer(t testing.TB, cluster string) *tokens.Signer {
 	if err != nil {
 		t.Fatal(err)
 	}
-	got, _ := shared.signers.LoadOrStore(cluster, s)
+	got, _ := signers.LoadOrStore(cluster, s)
 	return got.(*tokens.Signer)
 }
 
@@ -160,8 +132,8 @@ type world struct {
 func newWorld(t testing.TB, edit func(*eksapi.Config)) *world {
 	t.Helper()
 	w := &world{t: t}
-	client := etcdClient(t)
-	prefix := fmt.Sprintf("/test/%d/", shared.prefix.Add(1))
+	client := shared.Client(t)
+	prefix := shared.Prefix()
 	w.store = association.NewStore(association.Config{Client: client, Prefix: prefix, Timeout: patience, MaxTxnOps: etcd.MaxTxnOps})
 	w.index = association.NewIndex(association.IndexConfig{Client: client, Prefix: prefix, Progress: 20 * time.Millisecond})
 	ctx, cancel := context.WithCancel(context.Background())
