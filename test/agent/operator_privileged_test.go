@@ -100,11 +100,16 @@ func (w *world) wantNothingLeft(t *testing.T, network string) {
 	if now := w.network(t); now != network {
 		t.Errorf("the node's network was\n%s\nand is\n%s", network, now)
 	}
-	for at, n := range w.attached(t) {
-		if n != 0 {
-			t.Errorf("%d programs are attached as %v", n, at)
+	// The kernel detaches a program some moments after its link's last pin and
+	// descriptor have gone.
+	eventually(t, func() error {
+		for at, n := range w.attached(t) {
+			if n != 0 {
+				return fmt.Errorf("%d programs are attached as %v", n, at)
+			}
 		}
-	}
+		return nil
+	})
 	for _, path := range []string{w.PinPath(), w.Socket(), filepath.Dir(w.Socket()), w.StateDir()} {
 		if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("%s is left", path)
