@@ -83,7 +83,7 @@ func (a *Agent) resolve(query string) (*subject, error) {
 		if pid <= 0 {
 			return nil, fmt.Errorf("%w: pid %d", adminapi.ErrInvalid, pid)
 		}
-		if s.cgroup, err = a.node.processCgroup(pid); err != nil {
+		if s.cgroup, err = a.node.mount.ProcessPath("", pid); err != nil {
 			return nil, fmt.Errorf("%w: process %d: %w", adminapi.ErrNotFound, pid, err)
 		}
 		s.step("process", named(query, processName(pid)), "as asked, in the agent's pid namespace")
@@ -335,29 +335,4 @@ func named(id, name string) string {
 		return id
 	}
 	return id + " (" + name + ")"
-}
-
-// processCgroup reads a process's cgroup v2 path and makes it one below the
-// mount.
-func (n *node) processCgroup(pid int) (string, error) {
-	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
-	if err != nil {
-		return "", err
-	}
-	for line := range strings.SplitSeq(string(data), "\n") {
-		p, ok := strings.CutPrefix(line, "0::")
-		if !ok {
-			continue
-		}
-		root := strings.TrimSuffix(n.mount.Root, "/")
-		if p == root {
-			return "/", nil
-		}
-		rest, ok := strings.CutPrefix(p, root+"/")
-		if !ok {
-			return "", fmt.Errorf("its cgroup %s is outside what the agent sees", p)
-		}
-		return "/" + rest, nil
-	}
-	return "", errors.New("it has no cgroup v2 entry")
 }

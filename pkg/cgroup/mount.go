@@ -176,12 +176,31 @@ func (m Mount) Join(path string) string { return strings.TrimSuffix(m.Point, "/"
 // its own), the names in between are nowhere to be read, and the directory that
 // lists this process is searched instead.
 func (m Mount) SelfPath(procfs string) (string, error) {
+	p, err := m.path(procfs, "self", os.Getpid())
+	if err != nil {
+		return "", fmt.Errorf("finding the agent's own cgroup: %w", err)
+	}
+	return p, nil
+}
+
+// ProcessPath is SelfPath for any process. Where it has to search, which the
+// node's whole tree may take, it is not for the way of a request.
+func (m Mount) ProcessPath(procfs string, pid int) (string, error) {
+	p, err := m.path(procfs, strconv.Itoa(pid), pid)
+	if err != nil {
+		return "", fmt.Errorf("finding the cgroup of process %d: %w", pid, err)
+	}
+	return p, nil
+}
+
+// path finds the cgroup of a process, dir in procfs.
+func (m Mount) path(procfs, dir string, pid int) (string, error) {
 	if procfs == "" {
 		procfs = "/proc"
 	}
-	data, err := os.ReadFile(filepath.Join(procfs, "self/cgroup"))
+	data, err := os.ReadFile(filepath.Join(procfs, dir, "cgroup"))
 	if err != nil {
-		return "", fmt.Errorf("finding the agent's own cgroup: %w", err)
+		return "", err
 	}
 	own := ""
 	for line := range strings.SplitSeq(string(data), "\n") {
@@ -191,7 +210,7 @@ func (m Mount) SelfPath(procfs string) (string, error) {
 		}
 	}
 	if own == "" {
-		return "", fmt.Errorf("finding the agent's own cgroup: %w", ErrNoCgroup2)
+		return "", ErrNoCgroup2
 	}
 	if !hasDotDot(own) && !hasDotDot(m.Root) {
 		root := strings.TrimSuffix(m.Root, "/")
@@ -201,9 +220,9 @@ func (m Mount) SelfPath(procfs string) (string, error) {
 		case strings.HasPrefix(own, root+"/"):
 			return own[len(root):], nil
 		}
-		return "", fmt.Errorf("own cgroup %s, mount shows %s: %w", own, m.Root, ErrOutside)
+		return "", fmt.Errorf("cgroup %s, mount shows %s: %w", own, m.Root, ErrOutside)
 	}
-	return m.findPID(os.Getpid())
+	return m.findPID(pid)
 }
 
 func hasDotDot(path string) bool {
@@ -241,7 +260,7 @@ func (m Mount) findPID(pid int) (string, error) {
 		return true, nil
 	})
 	if err != nil {
-		return "", fmt.Errorf("searching the agent's own cgroup: %w", err)
+		return "", fmt.Errorf("searching the cgroup tree: %w", err)
 	}
 	if found == "" {
 		return "", fmt.Errorf("process %d is in no cgroup below %s: %w", pid, m.Point, ErrOutside)

@@ -83,6 +83,25 @@ func TestSelfPathInCgroupNamespace(t *testing.T) {
 	}
 }
 
+// So it must for others, whose cgroups it reads relative to its own.
+func TestProcessPath(t *testing.T) {
+	procfs, m := t.TempDir(), Mount{Point: t.TempDir(), Root: "/../.."}
+	writeFile(t, procfs+"/42/cgroup", "0::/../podb/c2\n")
+	writeFile(t, m.Join("/kubepods/poda/c1/cgroup.procs"), "4\n421\n")
+	writeFile(t, m.Join("/kubepods/podb/c2/cgroup.procs"), "7\n42\n")
+	if got, err := m.ProcessPath(procfs, 42); err != nil || got != "/kubepods/podb/c2" {
+		t.Errorf("in a namespace of its own: got %q, %v", got, err)
+	}
+	m.Root = "/"
+	writeFile(t, procfs+"/42/cgroup", "1:cpu:/y\n0::/kubepods/podb/c3\n")
+	if got, err := m.ProcessPath(procfs, 42); err != nil || got != "/kubepods/podb/c3" {
+		t.Errorf("in the node's: got %q, %v", got, err)
+	}
+	if got, err := m.ProcessPath(procfs, 43); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("of no process: got %q, %v", got, err)
+	}
+}
+
 func TestWalkIsBounded(t *testing.T) {
 	m := Mount{Point: t.TempDir()}
 	for i := range 10 {
