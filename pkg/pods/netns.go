@@ -79,6 +79,12 @@ type podNetns struct {
 // would otherwise cost a search per connection.
 const walkEvery = time.Second
 
+// walkSoon is the bound while a pod's sandbox is not known at all. Its first
+// search may have come before its first process; for as long as none follows,
+// its namespace passes for one that nobody knows. A container cannot be started
+// in a sandbox, reach another pod's cgroup and connect in so short a time.
+const walkSoon = 10 * time.Millisecond
+
 // OwnNetns returns the network namespace of the calling process: the host's, if
 // the agent is on the host network. On kernels before 5.14 the cookie is zero.
 func OwnNetns() (evidence.NetnsInode, evidence.NetnsCookie, error) {
@@ -183,7 +189,8 @@ func (x *Index) matches(sb *sandbox, cookie evidence.NetnsCookie, inode evidence
 
 // freshSandbox returns the pod's sandbox as it is now, nil if it cannot be told.
 // The known one is kept if its process still is what it was and want, if given,
-// accepts it; else the pod's processes are searched, at most once in walkEvery.
+// accepts it; else the pod's processes are searched, at most once in walkEvery,
+// or in walkSoon if there is none.
 func (x *Index) freshSandbox(p *Pod, want func(*sandbox) bool) *sandbox {
 	n := &p.netns
 	n.mu.Lock()
@@ -199,8 +206,12 @@ func (x *Index) freshSandbox(p *Pod, want func(*sandbox) bool) *sandbox {
 	if known != nil && (want == nil || want(known)) {
 		return known
 	}
+	every := walkEvery
+	if known == nil {
+		every = walkSoon
+	}
 	now := x.cfg.Now()
-	if !n.lastWalk.IsZero() && now.Sub(n.lastWalk) < walkEvery && now.Sub(n.lastWalk) >= 0 {
+	if !n.lastWalk.IsZero() && now.Sub(n.lastWalk) < every && now.Sub(n.lastWalk) >= 0 {
 		return known
 	}
 	n.lastWalk = now

@@ -116,6 +116,20 @@ func TestNetnsOfPodThatHasJustStarted(t *testing.T) {
 	}
 }
 
+// Nor is one whose directory was searched before its first process was there.
+func TestNetnsOfPodSearchedBeforeItsFirstProcess(t *testing.T) {
+	n := newNode(t)
+	n.procs(dirB + "/app")
+	n.procs(dirB + "/pause")
+	n.x.learnSandboxes(t.Context())
+	n.procs(dirB+"/app", 201)
+	n.procs(dirB+"/pause", 200)
+	n.clock = n.clock.Add(walkSoon)
+	if got := n.x.CheckNetns(n.a, 1022, 22); got != NetnsOtherPod {
+		t.Errorf("got %v, want %v", got, NetnsOtherPod)
+	}
+}
+
 func podA(n *node) *Pod { return n.a }
 func podC(n *node) *Pod { return n.c }
 
