@@ -155,7 +155,7 @@ func (x *Index) CheckNetns(p *Pod, cookie evidence.NetnsCookie, inode evidence.N
 	}
 	other := x.sandboxOwner(inode)
 	if other == nil && sb != nil && x.cfg.HostNetns != 0 {
-		// Nobody's, or that of a pod too young to be in the table: until then
+		// Nobody's, or that of a pod too young to be in the table as it is: until then
 		// its namespace would be as good as one of this pod's own making. If
 		// even this pod's processes cannot be seen, others' cannot either; and
 		// where the host's is not known, it must not be taken for a pod's.
@@ -257,11 +257,18 @@ func (x *Index) sandboxOwner(inode evidence.NetnsInode) *Pod {
 	return x.byNetns[inode]
 }
 
+// settling is how long after its start a pod's sandbox is not relied on without
+// a look: a runtime's first process is in the pod's cgroup before it enters the
+// pod's namespace. It is longer than two rescans.
+const settling = 30 * time.Second
+
 // learnMissingSandboxes is learnSandboxes for the pods that have none in the
-// table. There are few: those that started since the last rescan.
+// table, or one that may have been read too early. There are few: those that
+// started lately.
 func (x *Index) learnMissingSandboxes() {
+	now := x.cfg.Now()
 	for _, p := range x.snapshot() {
-		if p.netns.sandbox.Load() == nil {
+		if p.netns.sandbox.Load() == nil || now.Sub(p.FirstSeen) < settling {
 			x.freshSandbox(p, nil)
 		}
 	}

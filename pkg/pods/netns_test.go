@@ -130,6 +130,23 @@ func TestNetnsOfPodSearchedBeforeItsFirstProcess(t *testing.T) {
 	}
 }
 
+// Nor one whose first process was seen before it entered the pod's namespace.
+func TestNetnsOfPodSearchedWhileItsSandboxWasMade(t *testing.T) {
+	n := newNode(t)
+	rmProc(t, n, 200)
+	process(t, n.procfs, 200, 200, hostInode)
+	n.x.learnSandboxes(t.Context())
+	if sb := n.b.netns.sandbox.Load(); sb == nil || sb.inode != hostInode {
+		t.Fatalf("the test's beginning: got %+v", sb)
+	}
+	rmProc(t, n, 200)
+	process(t, n.procfs, 200, 200, 22)
+	n.clock = n.clock.Add(walkSoon)
+	if got := n.x.CheckNetns(n.a, 1022, 22); got != NetnsOtherPod {
+		t.Errorf("got %v, want %v", got, NetnsOtherPod)
+	}
+}
+
 func podA(n *node) *Pod { return n.a }
 func podC(n *node) *Pod { return n.c }
 
