@@ -159,6 +159,7 @@ func (x *Index) CheckNetns(p *Pod, cookie evidence.NetnsCookie, inode evidence.N
 		// its namespace would be as good as one of this pod's own making. If
 		// even this pod's processes cannot be seen, others' cannot either; and
 		// where the host's is not known, it must not be taken for a pod's.
+		x.learnMissingPods()
 		x.learnMissingSandboxes()
 		other = x.sandboxOwner(inode)
 	}
@@ -255,6 +256,33 @@ func (x *Index) sandboxOwner(inode evidence.NetnsInode) *Pod {
 	x.mu.RLock()
 	defer x.mu.RUnlock()
 	return x.byNetns[inode]
+}
+
+// learnMissingPods adds the pods that no event has told of yet: on a busy node
+// the news of a directory may come later than a connection from its namespace.
+// It lists the tree at most once in walkSoon, or a pod with nested namespaces
+// would cost that for each connection.
+func (x *Index) learnMissingPods() {
+	// Who waits here needs what the one before it finds.
+	x.listing.Lock()
+	defer x.listing.Unlock()
+	now := x.cfg.Now()
+	if since := now.Sub(x.listed); !x.listed.IsZero() && since >= 0 && since < walkSoon {
+		return
+	}
+	x.listed = now
+	listing, err := x.cfg.Root.List(x.cfg.Mount)
+	if err != nil {
+		// What is known stays, and the next scan says what is wrong.
+		x.errors.Add(1)
+		x.log.Debug("cannot list the pods for an unknown network namespace", "error", err)
+		return
+	}
+	for _, ref := range listing.Pods {
+		if x.lookup(ref.Path) == nil {
+			x.observe(ref)
+		}
+	}
 }
 
 // settling is how long after its start a pod's sandbox is not relied on without

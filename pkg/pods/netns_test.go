@@ -116,6 +116,27 @@ func TestNetnsOfPodThatHasJustStarted(t *testing.T) {
 	}
 }
 
+// Nor is one whose directory no event has told of yet, and looking for such does
+// not list the tree for each connection.
+func TestNetnsOfPodThatNoEventHasToldOf(t *testing.T) {
+	n := newNode(t)
+	if got := n.x.CheckNetns(n.a, 1099, 99); got != NetnsUnknown {
+		t.Errorf("nobody's: got %v, want %v", got, NetnsUnknown)
+	}
+	const dirD = "/kubepods/burstable/poddddddddd-0000-4000-8000-000000000004"
+	n.mkdir(dirD + "/pause")
+	n.procs(dirD)
+	n.procs(dirD+"/pause", 400)
+	process(t, n.procfs, 400, 400, 44)
+	if got := n.x.CheckNetns(n.a, 1044, 44); got != NetnsUnknown || n.x.lookup(dirD) != nil {
+		t.Errorf("at once after the last look: got %v", got)
+	}
+	n.clock = n.clock.Add(walkSoon)
+	if got := n.x.CheckNetns(n.a, 1044, 44); got != NetnsOtherPod {
+		t.Errorf("got %v, want %v", got, NetnsOtherPod)
+	}
+}
+
 // Nor is one whose directory was searched before its first process was there.
 func TestNetnsOfPodSearchedBeforeItsFirstProcess(t *testing.T) {
 	n := newNode(t)

@@ -174,6 +174,11 @@ type Index struct {
 	qos     map[string]evidence.CgroupID
 	queue   []notice
 
+	// listing guards listed, when a connection last had the tree listed, and is
+	// held meanwhile.
+	listing sync.Mutex
+	listed  time.Time
+
 	// trouble is what was last logged about watching; Run's goroutine's alone.
 	trouble string
 
