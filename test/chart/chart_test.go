@@ -429,6 +429,10 @@ func TestEKSChartValues(t *testing.T) {
 		if !slices.ContainsFunc(c.VolumeMounts, func(m corev1.VolumeMount) bool { return m.MountPath == "/root/.aws" && m.ReadOnly }) {
 			t.Errorf("%s: %v", suffix, c.VolumeMounts)
 		}
+		// Where the agent looks for them: the image has no user that has a home.
+		if !slices.Contains(c.Env, corev1.EnvVar{Name: "HOME", Value: "/root"}) {
+			t.Errorf("%s: the mounted credentials are not found: environment %v", suffix, c.Env)
+		}
 	}
 	if s := byName["eks-pod-identity-agent-hybrid-bottlerocket"].Spec.Template.Spec.Containers[0].SecurityContext; s.SELinuxOptions == nil || s.SELinuxOptions.Type == "" {
 		t.Errorf("SELinux on Bottlerocket: %+v", s)
@@ -496,13 +500,15 @@ func TestValuesThatAreRefused(t *testing.T) {
 		"clusterName=":    "clusterName: give the cluster's name",
 		"env=null":        "at '': missing property 'env'",
 		"env.AWS_REGION=": "env.AWS_REGION: give the cluster's region",
-		"image.containerRegistry=602401143452.dkr.ecr.us-west-2.amazonaws.com": "is the image of the EKS Pod Identity Agent",
-		"image.override=x/eks/eks-pod-identity-agent:v0.1.20":                  "is the image of the EKS Pod Identity Agent",
-		"agent.nodeAuth.enabled=true":                                          "give its URL as agent.endpoint, or set server.enabled",
-		"agent.tokenKeys.source=issuer":                                        "agent.tokenKeys.issuer: source issuer needs it",
-		"agent.tokenKeys.source=file,agent.tokenKeys.issuer=https://x":         "agent.tokenKeys.configMap.name: source file needs it",
-		"server.enabled=true":                                                  "server.tls: give secretName",
-		"server.enabled=true,server.tls.certManager.enabled=true":              "server.tls.certManager.issuerRef: give the issuer's name and kind",
+		"image.containerRegistry=602401143452.dkr.ecr.us-west-2.amazonaws.com":                   "is the image of the EKS Pod Identity Agent",
+		"image.override=x/eks/eks-pod-identity-agent:v0.1.20":                                    "is the image of the EKS Pod Identity Agent",
+		"agent.nodeAuth.enabled=true":                                                            "give its URL as agent.endpoint, or set server.enabled",
+		"agent.tokenKeys.source=issuer":                                                          "agent.tokenKeys.issuer: source issuer needs it",
+		"agent.tokenKeys.source=file,agent.tokenKeys.issuer=https://x":                           "agent.tokenKeys.configMap.name: source file needs it",
+		"server.enabled=true":                                                                    "server.tls: give secretName",
+		"server.enabled=true,server.tls.certManager.enabled=true":                                "server.tls.certManager.issuerRef: give the issuer's name and kind",
+		"daemonsets.hybrid.create=true,daemonsets.hybrid.nameSuffix=":                            "daemonsets.hybrid.nameSuffix: \"\" is that of cloud",
+		"server.enabled=true,server.tls.secretName=x,server.metrics.serviceMonitor.enabled=true": "server.networkPolicy.metricsFrom: nobody may ask for metrics",
 	} {
 		t.Run(sets, func(t *testing.T) {
 			all := append(slices.Clone(minimal), sets)
@@ -549,6 +555,8 @@ func TestValuesThatAreAccepted(t *testing.T) {
 		"agent.enabled=false",
 		"agent.appArmorProfile=null,agent.seccompProfile=null",
 		"fullnameOverride=pod-identity",
+		"env.HOME=/var/agent",
+		"server.enabled=true,server.tls.secretName=x,server.metrics.serviceMonitor.enabled=true,server.networkPolicy.enabled=false",
 		"env.AWS_REGION=us-iso-east-1",
 	} {
 		t.Run(sets, func(t *testing.T) {
@@ -697,6 +705,17 @@ func TestNotes(t *testing.T) {
 	if err != nil || !strings.Contains(got, "cleanupOnExit") || !strings.Contains(got, "a stolen token is served") {
 		t.Errorf("%v: %s", err, got)
 	}
+	for sets, want := range map[string]string{
+		"server.tls.secretName=x":      "The server is https://latchkey-server.latchkey.svc:8443",
+		"server.tls.insecureHTTP=true": "The server is http://latchkey-server.latchkey.svc:8443",
+	} {
+		if values, err = ReadValues(nil, append(slices.Clone(minimal), "server.enabled=true", sets)); err != nil {
+			t.Fatal(err)
+		}
+		if got, err = Notes(Release{Chart: chartDir, Name: "latchkey", Namespace: "latchkey", Values: values}); err != nil || !strings.Contains(got, want) {
+			t.Errorf("%s: %v: %s", sets, err, got)
+		}
+	}
 }
 
 // The render program's way: files first, then settings.
@@ -724,7 +743,7 @@ func TestTextsOfValuesAreKept(t *testing.T) {
 		t.Fatal(err)
 	}
 	const odd = `a "b" 'c' {d}, [e] # f: g\h %i`
-	values["env"] = map[string]any{"AWS_REGION": "us-west-2", "ODD": odd, "NUMBER": 12345678, "BOOL": true}
+	values["env"] = map[string]any{"AWS_REGION": "us-west-2", "ODD": odd, "NUMBER": 12345678, "BOOL": true, "HOME": "/var/agent"}
 	values["podAnnotations"] = map[string]any{"odd": odd}
 	values["agent"] = map[string]any{
 		"audit":          "file:/" + odd,
@@ -744,10 +763,13 @@ func TestTextsOfValuesAreKept(t *testing.T) {
 			t.Errorf("no %s in %q", want, c.Args)
 		}
 	}
-	for name, want := range map[string]string{"ODD": odd, "NUMBER": "12345678", "BOOL": "true"} {
+	for name, want := range map[string]string{"ODD": odd, "NUMBER": "12345678", "BOOL": "true", "HOME": "/var/agent"} {
 		if !slices.Contains(c.Env, corev1.EnvVar{Name: name, Value: want}) {
 			t.Errorf("no %s=%s in %v", name, want, c.Env)
 		}
+	}
+	if slices.ContainsFunc(c.Env, func(e corev1.EnvVar) bool { return e.Value == "/root" }) {
+		t.Errorf("a second HOME in %v", c.Env)
 	}
 	paths := map[string]string{}
 	for _, v := range ds.Spec.Template.Spec.Volumes {
