@@ -155,7 +155,8 @@ type UpstreamError struct {
 
 // Denial is one refusal, or several of the same kind in a row.
 type Denial struct {
-	// Seq is the newest refusal's; ask with ?after=SEQ for what came later.
+	// Seq grows with each refusal that is remembered; ask with ?after=SEQ for
+	// what came later.
 	Seq uint64 `json:"seq"`
 	// First and Last are the times of the first and last of Count refusals.
 	First time.Time `json:"first"`
@@ -167,14 +168,16 @@ type Denial struct {
 	// Shadow: served all the same, because the mode is weaker than enforce.
 	Shadow bool `json:"served_anyway,omitempty"`
 	// Finding is what the kernel's evidence resolved to, and PodUID, Namespace,
-	// ServiceAccount and Pod the pod, if it is one and known.
+	// ServiceAccount and Pod the pod, if it is one and known. Where it is none,
+	// PodUID is empty, and the names are those of the connecting process's pod.
 	Finding        string `json:"finding"`
 	PodUID         string `json:"pod_uid,omitempty"`
 	Namespace      string `json:"namespace,omitempty"`
 	ServiceAccount string `json:"service_account,omitempty"`
 	Pod            string `json:"pod,omitempty"`
 	// Cgroup, PID, Process and UID are the connecting process's; PID is in the
-	// host's pid namespace, Process its name if it still ran.
+	// host's pid namespace, Process its name when it was refused, if it still
+	// ran then.
 	Cgroup  string `json:"cgroup,omitempty"`
 	PID     uint32 `json:"pid,omitempty"`
 	Process string `json:"process,omitempty"`

@@ -3,6 +3,7 @@
 package agent
 
 import (
+	"cmp"
 	"fmt"
 	"regexp"
 	"slices"
@@ -36,10 +37,10 @@ func (a *Agent) denials() ([]denial, error) {
 func (a *Agent) denial(n *audit.Denial) denial {
 	conn := &n.Attestation.Connection
 	d := denial{taskPod: string(n.Task.Pod), Denial: adminapi.Denial{
-		Seq: uint64(max(0, n.Last.UnixNano())), First: n.First, Last: n.Last, Count: n.Count,
+		Seq: n.Seq, First: n.First, Last: n.Last, Count: n.Count,
 		Status: n.Status, Reason: string(n.Reason), Shadow: n.Shadow, Finding: n.Attestation.Finding.String(),
 		PodUID: string(n.Attestation.Pod), Namespace: n.Task.Namespace, Pod: n.Task.PodName,
-		Cgroup: n.Task.Cgroup, PID: conn.TGID, UID: conn.UID, Detail: n.Cause,
+		Cgroup: n.Task.Cgroup, PID: conn.TGID, Process: n.Task.Process, UID: conn.UID, Detail: n.Cause,
 		TokenJTI: n.Claimed.JTI, TokenPod: n.Claimed.PodName, TokenPodUID: string(n.Claimed.Subject.PodUID),
 		TokenNamespace: n.Claimed.Subject.Namespace, TokenServiceAccount: n.Claimed.Subject.ServiceAccount,
 		TokenVerified: n.Claimed.Verified, TokenExpires: timeOrNil(n.Claimed.Expiry),
@@ -47,11 +48,10 @@ func (a *Agent) denial(n *audit.Denial) denial {
 	if n.Peer.IsValid() {
 		d.Peer = n.Peer.String()
 	}
-	if conn.TGID != 0 {
-		d.Process = processName(int(conn.TGID))
-	}
-	if n.Attestation.Pod != "" {
-		if last, ok := a.observer.last(n.Attestation.Pod); ok && last.Token.Subject.PodUID == n.Attestation.Pod {
+	// Where the evidence names no single pod, the connecting task's is named, as
+	// the container runtime's names are.
+	if pod := cmp.Or(n.Attestation.Pod, n.Task.Pod); pod != "" {
+		if last, ok := a.observer.last(pod); ok && last.Token.Subject.PodUID == pod {
 			s := last.Token.Subject
 			d.Namespace, d.ServiceAccount, d.Pod = s.Namespace, s.ServiceAccount, last.Token.PodName
 		}

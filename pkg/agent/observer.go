@@ -32,6 +32,13 @@ type observer struct {
 	// Looked up by status and reason without making label strings.
 	responses map[int]prometheus.Counter
 
+	// named is the process whose name was read last; handle's alone.
+	named struct {
+		pid  uint32
+		name string
+		at   time.Time
+	}
+
 	mu   sync.Mutex
 	pods map[evidence.PodUID]lastVerdict
 	// logged limits refusals in the log to one per pod and reason and
@@ -166,6 +173,7 @@ func (o *observer) handle(r credserver.Record) {
 		if o.enrich != nil {
 			o.enrich(&denied)
 		}
+		denied.Task.Process = o.processName(denied.Attestation.Connection.TGID)
 		o.denials.Add(&denied)
 	}
 	if !o.mayLog(logKey{r.Attestation.Pod, r.Reason}) {
@@ -194,6 +202,19 @@ func (o *observer) handle(r credserver.Record) {
 		attrs = append(attrs, slog.Any("error", r.Err))
 	}
 	o.log.LogAttrs(context.Background(), level, text, attrs...)
+}
+
+// processName reads what a process is called, now: when somebody asks, it may
+// have ended and its number be another's. One that is refused again and again is
+// looked at once a second.
+func (o *observer) processName(pid uint32) string {
+	if pid == 0 {
+		return ""
+	}
+	if now := time.Now(); o.named.pid != pid || o.named.name == "" || now.Sub(o.named.at) > time.Second {
+		o.named.pid, o.named.name, o.named.at = pid, processName(int(pid)), now
+	}
+	return o.named.name
 }
 
 // auditRecord is a request's record as the audit has it.

@@ -7,6 +7,8 @@ import (
 	"errors"
 	"log/slog"
 	"net/netip"
+	"os/exec"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -111,6 +113,46 @@ func TestDenialsAndLastVerdict(t *testing.T) {
 	}
 	if last, ok := o.last("c"); !ok || last.Token.PodName != "" || last.Status != 400 {
 		t.Errorf("pod c took a name from a forged token: %+v, %v", last, ok)
+	}
+}
+
+// The process that was refused is named although it has ended, as whoever asks
+// comes later; its pod is named also where the evidence names no single one.
+func TestDenialsNameTheProcess(t *testing.T) {
+	o := newObserver(newMetrics("v", "enforce"), slog.New(slog.DiscardHandler), func(r *audit.Record) { r.Task.Pod = "a" }, nil)
+	a := &Agent{observer: o}
+	sleep := exec.Command("sleep", "600")
+	if err := sleep.Start(); err != nil {
+		t.Fatal(err)
+	}
+	pid := sleep.Process.Pid
+	defer func() { _ = sleep.Process.Kill(); _ = sleep.Wait() }()
+	// It is the test's own name until it executes.
+	for deadline := time.Now().Add(30 * time.Second); processName(pid) != "sleep"; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("process %d is called %q", pid, processName(pid))
+		}
+	}
+	o.Observe(served("a", false))
+	r := refused("", "b")
+	r.Attestation = evidence.Attestation{Finding: evidence.FindingContradictory, Reason: evidence.ReasonForeignNetns}
+	r.Attestation.Connection.TGID = uint32(pid)
+	o.Observe(r)
+	o.handled()
+	_ = sleep.Process.Kill()
+	_ = sleep.Wait()
+	got, err := a.denialsAfter("")
+	if err != nil || len(got.Denials) != 1 {
+		t.Fatalf("%+v, %v", got, err)
+	}
+	if d := got.Denials[0]; d.Process != "sleep" || d.PID != uint32(pid) || d.PodUID != "" || d.Pod != "cart-0" || d.Namespace != "shop" {
+		t.Errorf("%+v", d)
+	}
+	if more, err := a.denialsAfter(strconv.FormatUint(got.Seq, 10)); err != nil || len(more.Denials) != 0 {
+		t.Errorf("what was told is told again: %+v, %v", more, err)
+	}
+	if name := o.processName(0); name != "" {
+		t.Errorf("no process is called %q", name)
 	}
 }
 

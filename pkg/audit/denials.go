@@ -24,6 +24,10 @@ type Denial struct {
 	// how many there were.
 	First, Last time.Time
 	Count       uint64
+	// Seq is greater than that of all that was remembered before, also by an
+	// earlier process if the clock was not set back: a request that waited for
+	// upstream is remembered after others that came later.
+	Seq uint64
 
 	// What follows is of the newest one.
 
@@ -50,6 +54,7 @@ type Denial struct {
 type Denials struct {
 	mu    sync.Mutex
 	byKey map[denialKey]*Denial
+	seq   uint64
 }
 
 // MaxDenials is how many kinds of refusal are remembered.
@@ -87,6 +92,10 @@ func (d *Denials) Add(r *Record) {
 		d.byKey[k] = n
 	}
 	n.Count++
+	// The time of the answer, as numbers that began at zero would repeat in the
+	// next process.
+	d.seq = max(d.seq+1, uint64(max(0, r.Time.Add(r.Latency).UnixNano())))
+	n.Seq = d.seq
 	if r.Time.Before(n.Last) {
 		return // workers' records come in no strict order
 	}

@@ -44,6 +44,35 @@ func TestDenialsRememberTheNewest(t *testing.T) {
 	}
 }
 
+// Who asks for what came later is told of a request that began before what it has
+// seen, and waited for upstream; and the numbers go on in the next process.
+func TestDenialsAreNumberedAsTheyCome(t *testing.T) {
+	var d Denials
+	quick, slow, again := stolen(), stolen(), stolen()
+	slow.Time, slow.Latency, slow.Reason = quick.Time.Add(-5*time.Second), 4*time.Second, evidence.ReasonUpstreamUnavailable
+	again.Time = slow.Time.Add(-time.Second)
+	again.Reason = slow.Reason
+	var last uint64
+	for _, r := range []Record{quick, slow, again} {
+		d.Add(&r)
+		var newest uint64
+		for _, n := range d.List() {
+			newest = max(newest, n.Seq)
+			if n.Reason == r.Reason && n.Seq <= last {
+				t.Errorf("%s, remembered after %d, has number %d", n.Reason, last, n.Seq)
+			}
+		}
+		last = newest
+	}
+	var next Denials
+	later := stolen()
+	later.Time = quick.Time.Add(time.Second)
+	next.Add(&later)
+	if got := next.List()[0].Seq; got <= last {
+		t.Errorf("the next process begins with %d, not after %d", got, last)
+	}
+}
+
 // A pod that is refused without end has one entry per reason, so it pushes out
 // nobody else.
 func TestDenialsAreBoundedPerPod(t *testing.T) {

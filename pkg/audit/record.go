@@ -66,6 +66,9 @@ type Task struct {
 	ContainerID string
 	// PodName, Namespace and Container are the container runtime's.
 	PodName, Namespace, Container string
+	// Process is the process's name for itself, which it may choose. It is known
+	// of refusals only, and not in the line.
+	Process string
 }
 
 // Issued tells whether the client was given credentials.
