@@ -83,6 +83,18 @@ type clusterIndex struct {
 	subjects map[subject]*Association
 	// slots finds what a deletion, which has a key and no value, is about.
 	slots []*Association
+	// spoilt has the slots whose records cannot be read; clusterSlot is the
+	// cluster's own.
+	spoilt map[int]bool
+}
+
+const clusterSlot = -1
+
+func (c *clusterIndex) spoil(slot int) {
+	if c.spoilt == nil {
+		c.spoilt = map[int]bool{}
+	}
+	c.spoilt[slot] = true
 }
 
 // NewIndex makes an empty index; Run fills it.
@@ -136,6 +148,16 @@ func (x *Index) Cluster(name string) (Cluster, bool) {
 		return Cluster{}, false
 	}
 	return *c.cluster, true
+}
+
+// Whole tells whether every record of a cluster could be read. If not, what
+// Lookup and Cluster do not find may be there all the same.
+func (x *Index) Whole(cluster string) bool {
+	s := x.now.Load()
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	c := s.clusters[cluster]
+	return c == nil || len(c.spoilt) == 0
 }
 
 // Clusters returns all clusters, in no order. What they point to is shared.
@@ -330,6 +352,9 @@ func (x *Index) listOne(ctx context.Context, next *snapshot, name string, revisi
 	defer next.mu.Unlock()
 	c := next.of(name)
 	c.subjects, c.slots = own.clusters[name].subjects, own.clusters[name].slots
+	for slot := range own.clusters[name].spoilt {
+		c.spoil(slot)
+	}
 	next.count += own.count
 	return nil
 }
@@ -453,28 +478,31 @@ func (s *snapshot) of(cluster string) *clusterIndex {
 	return c
 }
 
-// put takes a record in. What cannot be read is left out: that refuses, and does
-// not give a role that is not asked for.
+// put takes a record in. What cannot be read is left out, and Whole tells: that
+// refuses for now, and does not give a role that is not asked for.
 func (x *Index) put(ctx context.Context, s *snapshot, kv *mvccpb.KeyValue) {
 	name, slot, ok := x.at(string(kv.Key))
 	if !ok {
 		return
 	}
+	c := s.of(name)
 	if slot < 0 {
-		c, err := decodeCluster(kv.Key, kv.Value, kv.ModRevision)
+		is, err := decodeCluster(kv.Key, kv.Value, kv.ModRevision)
 		if err != nil {
 			x.spoilt(ctx, err)
-			s.of(name).cluster = nil
+			c.cluster = nil
+			c.spoil(clusterSlot)
 			return
 		}
-		s.of(name).cluster = &c
+		c.cluster = &is
+		delete(c.spoilt, clusterSlot)
 		return
 	}
-	c := s.of(name)
 	c.clear(s, slot)
 	a, err := decode(kv.Key, kv.Value, kv.ModRevision)
 	if err != nil {
 		x.spoilt(ctx, err)
+		c.spoil(slot)
 		return
 	}
 	a.Tags = nil
@@ -495,6 +523,7 @@ func (x *Index) spoilt(ctx context.Context, err error) {
 
 // clear empties a slot.
 func (c *clusterIndex) clear(s *snapshot, slot int) {
+	delete(c.spoilt, slot)
 	if slot >= len(c.slots) || c.slots[slot] == nil {
 		return
 	}
@@ -515,10 +544,11 @@ func (x *Index) remove(s *snapshot, key string) {
 	}
 	if slot < 0 {
 		c.cluster = nil
+		delete(c.spoilt, clusterSlot)
 	} else {
 		c.clear(s, slot)
 	}
-	if c.cluster == nil && len(c.subjects) == 0 {
+	if c.cluster == nil && len(c.subjects) == 0 && len(c.spoilt) == 0 {
 		delete(s.clusters, name)
 	}
 }

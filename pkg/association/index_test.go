@@ -372,12 +372,36 @@ func TestIndexDamage(t *testing.T) {
 	if _, ok := x.Lookup("prod", "web", "b"); !ok || x.Damaged() != 1 {
 		t.Errorf("%d damaged", x.Damaged())
 	}
+	// Who asks must be able to tell "cannot say" from "there is none", also after a
+	// list, and of this cluster alone.
+	fresh := startIndex(t, s, nil)
+	wait(t, fresh, r.Header.Revision)
+	if x.Whole("prod") || fresh.Whole("prod") || !x.Whole("dev") {
+		t.Error("it is not told which cluster has a damaged record")
+	}
+	if _, err := s.kv.Delete(t.Context(), s.keys.association("prod", slot)); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "the record is gone", func() bool { return x.Whole("prod") })
 	if r, err = s.kv.Put(t.Context(), s.keys.cluster("prod"), "{"); err != nil {
 		t.Fatal(err)
 	}
 	wait(t, x, r.Header.Revision)
 	if _, ok := x.Lookup("prod", "web", "b"); ok {
 		t.Error("a cluster that cannot be read still gives roles")
+	}
+	fresh = startIndex(t, s, nil)
+	wait(t, fresh, r.Header.Revision)
+	if x.Whole("prod") || fresh.Whole("prod") {
+		t.Error("a cluster that cannot be read counts as none")
+	}
+	d, err := s.kv.Delete(t.Context(), s.keys.cluster("prod"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	wait(t, x, d.Header.Revision)
+	if !x.Whole("prod") {
+		t.Error("a cluster that is gone counts as damaged")
 	}
 }
 

@@ -50,6 +50,7 @@ type Index interface {
 	Behind() time.Duration
 	Lookup(cluster, namespace, serviceAccount string) (association.Association, bool)
 	Cluster(name string) (association.Cluster, bool)
+	Whole(cluster string) bool
 	Wait(ctx context.Context, revision int64) error
 }
 

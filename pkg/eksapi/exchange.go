@@ -64,6 +64,9 @@ func (c *call) exchange() (any, error) {
 	}
 	cluster, ok := c.Index.Cluster(c.route.cluster)
 	if !ok {
+		if !c.Index.Whole(c.route.cluster) {
+			return nil, notNow(damagedRecord)
+		}
 		return nil, notFound("No cluster found for name: " + shown(c.route.cluster) + ".")
 	}
 	if err := c.checkRegion(cluster); err != nil {
@@ -101,6 +104,10 @@ func (c *call) exchange() (any, error) {
 	}
 	a, ok := c.Index.Lookup(cluster.Name, subject.Namespace, subject.ServiceAccount)
 	if !ok {
+		// Agents drop credentials on a 404, so it must be certain.
+		if !c.Index.Whole(cluster.Name) {
+			return nil, notNow(damagedRecord)
+		}
 		return nil, notFound("No Pod Identity association found for service account " + subject.Namespace + "/" + subject.ServiceAccount + ".")
 	}
 	c.record.association(a)
@@ -148,6 +155,9 @@ func (c *call) checkNode(cluster association.Cluster, subject tokencheck.Subject
 	}
 	return nil
 }
+
+// damagedRecord is the cause of what cannot be said because of a damaged record.
+const damagedRecord = "a record of the cluster in the store is damaged"
 
 func notNow(cause string) error {
 	return &fault{status: http.StatusServiceUnavailable, code: unavailable,

@@ -222,10 +222,27 @@ type fakeIndex struct {
 	eksapi.Index
 	notReady bool
 	behind   time.Duration
+	// lost is what of prod cannot be found: "", "cluster" or "association".
+	lost string
 }
 
 func (f *fakeIndex) Ready() bool           { return !f.notReady }
 func (f *fakeIndex) Behind() time.Duration { return f.behind }
+func (f *fakeIndex) Whole(string) bool     { return f.lost == "" }
+
+func (f *fakeIndex) Cluster(name string) (association.Cluster, bool) {
+	if f.lost == "cluster" {
+		return association.Cluster{}, false
+	}
+	return f.Index.Cluster(name)
+}
+
+func (f *fakeIndex) Lookup(cluster, namespace, serviceAccount string) (association.Association, bool) {
+	if f.lost != "" {
+		return association.Association{}, false
+	}
+	return f.Index.Lookup(cluster, namespace, serviceAccount)
+}
 
 // fakeTokens answers every token alike.
 type fakeTokens struct{ err error }
@@ -278,6 +295,8 @@ func TestUncertainIs5xx(t *testing.T) {
 	}{
 		"index not filled": {func(c *eksapi.Config) { c.Index = &fakeIndex{Index: c.Index, notReady: true} }, 503, "ServiceUnavailableException", ""},
 		"index stale":      {func(c *eksapi.Config) { c.MaxBehind, c.Index = 0, &fakeIndex{Index: c.Index, behind: 31 * time.Second} }, 503, "ServiceUnavailableException", ""},
+		"damaged cluster":  {func(c *eksapi.Config) { c.Index = &fakeIndex{Index: c.Index, lost: "cluster"} }, 503, "ServiceUnavailableException", ""},
+		"damaged record":   {func(c *eksapi.Config) { c.Index = &fakeIndex{Index: c.Index, lost: "association"} }, 503, "ServiceUnavailableException", ""},
 		"tokens":           {func(c *eksapi.Config) { c.Tokens = fakeTokens{fmt.Errorf("%w: x", tokencheck.ErrUnavailable)} }, 503, "ServiceUnavailableException", ""},
 		"tokens, unknown":  {func(c *eksapi.Config) { c.Tokens = fakeTokens{errors.New("with a secret in it")} }, 500, "InternalServerException", "An internal error occurred, try again."},
 		"tokens, late":     {func(c *eksapi.Config) { c.Tokens = fakeTokens{context.DeadlineExceeded} }, 503, "ServiceUnavailableException", ""},
