@@ -440,7 +440,8 @@ func owned(a *Association, owner string) error {
 func (s *Store) Update(ctx context.Context, in UpdateInput) (Association, error) {
 	ctx, cancel := s.bounded(ctx)
 	defer cancel()
-	if in.RoleARN == nil && in.TargetRoleARN == nil && in.DisableSessionTags == nil && in.Policy == nil {
+	settings := in.RoleARN != nil || in.TargetRoleARN != nil || in.DisableSessionTags != nil || in.Policy != nil
+	if !settings && in.Tags == nil {
 		if _, err := s.located(in.Cluster, in.ID); err != nil {
 			return Association{}, err
 		}
@@ -455,13 +456,14 @@ func (s *Store) Update(ctx context.Context, in UpdateInput) (Association, error)
 		if err != nil {
 			return Association{}, err
 		}
-		if err := owned(&a, in.OwnerARN); err != nil {
-			return Association{}, err
-		}
+		// First, as the owner is not everybody's to know.
 		if in.Check != nil {
 			if err := in.Check(clone(a)); err != nil {
 				return Association{}, err
 			}
+		}
+		if err := owned(&a, in.OwnerARN); err != nil {
+			return Association{}, err
 		}
 		if id, err := s.replayed(ctx, &use, r, 2); err != nil {
 			return Association{}, err
@@ -471,7 +473,9 @@ func (s *Store) Update(ctx context.Context, in UpdateInput) (Association, error)
 		if err := changed(&c, &a, in); err != nil {
 			return Association{}, err
 		}
-		a.ModifiedAt = s.now()
+		if settings {
+			a.ModifiedAt = s.now()
+		}
 		done, err := s.replace(ctx, &c, &a, use)
 		if err != nil {
 			return Association{}, err
@@ -500,6 +504,14 @@ func changed(c *Cluster, a *Association, in UpdateInput) error {
 	}
 	if in.Policy != nil {
 		a.Policy = *in.Policy
+	}
+	if in.Tags != nil {
+		if p := tagProblem(*in.Tags); p != "" {
+			return invalid(a.Cluster, "%s", p)
+		}
+		if a.Tags = maps.Clone(*in.Tags); a.Tags == nil {
+			a.Tags = map[string]string{}
+		}
 	}
 	return validatePolicy(a.Cluster, a.Policy, a.DisableSessionTags)
 }
@@ -545,13 +557,14 @@ func (s *Store) Delete(ctx context.Context, in DeleteInput) (Association, error)
 		if err != nil {
 			return Association{}, err
 		}
-		if err := owned(&a, in.OwnerARN); err != nil {
-			return Association{}, err
-		}
+		// First, as the owner is not everybody's to know.
 		if in.Check != nil {
 			if err := in.Check(clone(a)); err != nil {
 				return Association{}, err
 			}
+		}
+		if err := owned(&a, in.OwnerARN); err != nil {
+			return Association{}, err
 		}
 		key, err := s.located(in.Cluster, in.ID)
 		if err != nil {

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"regexp"
 	"strings"
 	"sync"
@@ -280,6 +281,21 @@ func TestUpdate(t *testing.T) {
 	if got, err = update(UpdateInput{RoleARN: ptr(role + "2")}); err != nil || got.RoleARN != role+"2" {
 		t.Errorf("new role: %+v, %v", got, err)
 	}
+	// Tags come with the role, or neither does.
+	before := got
+	_, err = update(UpdateInput{RoleARN: ptr(role + "3"), Tags: &map[string]string{"aws:x": "y"}})
+	wantError(t, err, InvalidParameter, "Tag keys cannot begin with aws:.")
+	if got, err = s.Describe(t.Context(), "prod", a.ID); err != nil || !same(got, before) {
+		t.Errorf("the role without the tags: %+v, %v", got, err)
+	}
+	if got, err = update(UpdateInput{RoleARN: ptr(role + "3"), Tags: &map[string]string{"a": "b"}}); err != nil || got.RoleARN != role+"3" ||
+		!maps.Equal(got.Tags, map[string]string{"a": "b"}) || got.Revision != before.Revision+1 {
+		t.Errorf("role and tags: %+v, %v", got, err)
+	}
+	before = got
+	if got, err = update(UpdateInput{Tags: &map[string]string{}}); err != nil || len(got.Tags) != 0 || got.Tags == nil || !got.ModifiedAt.Equal(before.ModifiedAt) {
+		t.Errorf("no tags: %+v, %v", got, err)
+	}
 }
 
 func TestOwned(t *testing.T) {
@@ -292,6 +308,14 @@ func TestOwned(t *testing.T) {
 	wantError(t, err, InvalidRequest, "")
 	_, err = s.Delete(t.Context(), DeleteInput{Cluster: "prod", ID: a.ID, OwnerARN: "another"})
 	wantError(t, err, InvalidRequest, "")
+	// Who may not change it is not told whose it is.
+	deny := func(Association) error { return errDenied }
+	if _, err := s.Update(t.Context(), UpdateInput{Cluster: "prod", ID: a.ID, RoleARN: ptr(role + "2"), Check: deny}); err != errDenied {
+		t.Errorf("update: %v", err)
+	}
+	if _, err := s.Delete(t.Context(), DeleteInput{Cluster: "prod", ID: a.ID, Check: deny}); err != errDenied {
+		t.Errorf("delete: %v", err)
+	}
 	if _, err := s.Update(t.Context(), UpdateInput{Cluster: "prod", ID: a.ID, RoleARN: ptr(role + "2"), OwnerARN: addon}); err != nil {
 		t.Error(err)
 	}

@@ -72,7 +72,11 @@ func createParams(in CreateInput) string {
 }
 
 func updateParams(in UpdateInput) string {
-	return params([]any{in.ID, in.RoleARN, in.TargetRoleARN, in.DisableSessionTags, in.Policy, in.OwnerARN})
+	all := []any{in.ID, in.RoleARN, in.TargetRoleARN, in.DisableSessionTags, in.Policy, in.OwnerARN}
+	if in.Tags != nil {
+		all = append(all, *in.Tags)
+	}
+	return params(all)
 }
 
 // replayed looks at the token that the i-th get of a transaction read. It

@@ -128,13 +128,15 @@ type CreateInput struct {
 }
 
 // UpdateInput is what UpdatePodIdentityAssociation gives. At least one of the
-// four pointers must be set; nil keeps.
+// pointers must be set; nil keeps.
 type UpdateInput struct {
 	Cluster, ID string
 	RoleARN     *string
 	// TargetRoleARN and Policy: empty clears.
 	TargetRoleARN, Policy *string
 	DisableSessionTags    *bool
+	// Tags replaces all tags, in the same transaction. No client's update has it.
+	Tags *map[string]string
 	// ClientToken makes repeating the call safe: a repeated update does not undo
 	// what came after the first. Empty: it is not.
 	ClientToken string

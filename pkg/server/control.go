@@ -22,8 +22,6 @@ type store interface {
 	List(context.Context, association.ListInput) (association.ListOutput, error)
 	Update(context.Context, association.UpdateInput) (association.Association, error)
 	Delete(context.Context, association.DeleteInput) (association.Association, error)
-	Tag(ctx context.Context, arn string, tags map[string]string, check func(association.Resource) error) error
-	Untag(ctx context.Context, arn string, keys []string, check func(association.Resource) error) error
 	PutCluster(context.Context, association.Cluster) (association.Cluster, error)
 	DeleteCluster(ctx context.Context, name string, force bool) error
 	Cluster(ctx context.Context, name string) (association.Cluster, error)
@@ -232,40 +230,18 @@ func (u Update) Empty() bool {
 	return u.RoleARN == nil && u.TargetRoleARN == nil && u.Policy == nil && u.DisableSessionTags == nil && u.Tags == nil
 }
 
-func (c *control) update(ctx context.Context, who string, is association.Association, u Update) (a association.Association, err error) {
-	before, a := associationSpecOf(is), is
-	defer func() {
-		var after any
-		if err == nil {
-			after = associationSpecOf(a)
-		}
-		c.note(who, "UpdatePodIdentityAssociation", is.Cluster, is.ID, before, after, err)
-	}()
-	if u.RoleARN != nil || u.TargetRoleARN != nil || u.Policy != nil || u.DisableSessionTags != nil {
-		a, err = c.store.Update(ctx, association.UpdateInput{
-			Cluster: is.Cluster, ID: is.ID, RoleARN: u.RoleARN, TargetRoleARN: u.TargetRoleARN,
-			Policy: u.Policy, DisableSessionTags: u.DisableSessionTags, ClientToken: uuid.NewString(),
-		})
-		if err != nil {
-			return a, err
-		}
+// update is one transaction, tags included.
+func (c *control) update(ctx context.Context, who string, is association.Association, u Update) (association.Association, error) {
+	a, err := c.store.Update(ctx, association.UpdateInput{
+		Cluster: is.Cluster, ID: is.ID, RoleARN: u.RoleARN, TargetRoleARN: u.TargetRoleARN,
+		Policy: u.Policy, DisableSessionTags: u.DisableSessionTags, Tags: u.Tags, ClientToken: uuid.NewString(),
+	})
+	var after any
+	if err == nil {
+		after = associationSpecOf(a)
 	}
-	if u.Tags != nil {
-		set, remove := tagChanges(is.Tags, *u.Tags)
-		// Removed first, or fifty tags could not be exchanged for others.
-		if len(remove) > 0 {
-			if err = c.store.Untag(ctx, is.ARN, remove, nil); err != nil {
-				return a, err
-			}
-		}
-		if len(set) > 0 {
-			if err = c.store.Tag(ctx, is.ARN, set, nil); err != nil {
-				return a, err
-			}
-		}
-		return c.store.Describe(ctx, is.Cluster, is.ID)
-	}
-	return a, nil
+	c.note(who, "UpdatePodIdentityAssociation", is.Cluster, is.ID, associationSpecOf(is), after, err)
+	return a, err
 }
 
 func (c *control) remove(ctx context.Context, who string, is association.Association) (association.Association, error) {

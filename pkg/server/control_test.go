@@ -106,6 +106,14 @@ func TestControlImport(t *testing.T) {
 	if p, err = c.importFile(ctx, "me", file, true, true); err != nil || len(p.Changes) != 0 || p.Unchanged != 2 {
 		t.Errorf("the second time: %+v, %v", p, err)
 	}
+	// A step is done as a whole or not at all.
+	file.Associations[0].RoleARN, file.Associations[0].Tags = role+"u", map[string]string{"aws:l": "w"}
+	if p, err = c.importFile(ctx, "me", file, true, false); err != nil || p.Failed() != 1 {
+		t.Errorf("a tag that cannot be: %+v, %v", p, err)
+	}
+	if a, err := c.find(ctx, "prod", "a", "one", ""); err != nil || a.RoleARN != role+"s" || a.Tags["l"] != "w" {
+		t.Errorf("half a step was done: %+v, %v", a, err)
+	}
 	if _, err := c.importFile(ctx, "me", AssociationFile{Cluster: "nowhere"}, true, false); !errors.Is(err, association.ErrClusterNotFound) {
 		t.Errorf("an unknown cluster: %v", err)
 	}

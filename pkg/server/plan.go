@@ -147,23 +147,6 @@ func tagText(tags map[string]string) string {
 	return strings.Join(parts, ",")
 }
 
-// tagChanges are the tags to set and the keys to remove.
-func tagChanges(is, wished map[string]string) (set map[string]string, remove []string) {
-	set = map[string]string{}
-	for k, v := range wished {
-		if old, ok := is[k]; !ok || old != v {
-			set[k] = v
-		}
-	}
-	for k := range is {
-		if _, ok := wished[k]; !ok {
-			remove = append(remove, k)
-		}
-	}
-	slices.Sort(remove)
-	return set, remove
-}
-
 // exportOf is what is wished of associations that are there, in an order that
 // makes a small change a small difference in git. What an add-on owns is left
 // out: the add-on makes it.

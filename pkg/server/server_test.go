@@ -231,10 +231,6 @@ func TestPlan(t *testing.T) {
 	if got := strings.Join(lines(makePlan(there, file, false)), ", "); strings.Contains(got, "delete") {
 		t.Errorf("deletes without being asked: %s", got)
 	}
-	set, remove := tagChanges(there[2].Tags, file.Associations[2].Tags)
-	if len(set) != 2 || set["k"] != "x" || set["m"] != "y" || len(remove) != 1 || remove[0] != "l" {
-		t.Errorf("tags: set %v, remove %v", set, remove)
-	}
 }
 
 func TestParseAssociations(t *testing.T) {
