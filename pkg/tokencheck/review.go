@@ -173,6 +173,9 @@ func withoutToken(err error, token string) error {
 // judge compares what the API server says with what the token says.
 func judge(s *authv1.TokenReviewStatus, audience string, subject Subject) (Outcome, error) {
 	if !s.Authenticated {
+		if undecided(s.Error) {
+			return OutcomeOutage, fmt.Errorf("the API server could not judge the token: %q", bounded(s.Error))
+		}
 		return OutcomeNotAlive, fmt.Errorf("the API server does not accept the token: %q", bounded(s.Error))
 	}
 	// An API server that does not know audiences leaves the list empty. Then it
@@ -206,6 +209,23 @@ func judge(s *authv1.TokenReviewStatus, audience string, subject Subject) (Outco
 		}
 	}
 	return OutcomeAlive, nil
+}
+
+// undecided tells whether a no says that the API server could not look up what
+// the token is bound to, or could not ask another authenticator, instead of
+// anything about the token: it answers both alike. A text that says both speaks
+// of the token.
+func undecided(text string) bool {
+	text = strings.ToLower(text)
+	has := func(parts ...string) bool {
+		return slices.ContainsFunc(parts, func(p string) bool { return strings.Contains(text, p) })
+	}
+	// k8s.io/kubernetes, pkg/serviceaccount/claims.go
+	if has("has been invalidated", "has expired", "has been deleted", "not found", "does not match") {
+		return false
+	}
+	return has("timeout", "timed out", "deadline exceeded", "context canceled", "connection refused", "connection reset", "no route to host",
+		"no such host", "unexpected eof", "tls handshake", "etcdserver", "unavailable", "unable to return a response", "too many requests")
 }
 
 func credentialID(jti string) string {
@@ -249,24 +269,41 @@ func (r *reviewer) load() (rest.Interface, error) {
 	return r.client, nil
 }
 
-func (r *reviewer) connect(content []byte) (rest.Interface, error) {
+// RESTConfig reads how to reach the API server that a kubeconfig names, as token
+// reviews do: from this file alone, and only where nobody else can answer.
+func RESTConfig(kubeconfig, kubecontext string) (*rest.Config, error) {
+	content, err := os.ReadFile(kubeconfig)
+	if err == nil && len(content) > maxKubeconfig {
+		err = fmt.Errorf("more than %d bytes", maxKubeconfig)
+	}
+	var cfg *rest.Config
+	if err == nil {
+		cfg, err = restConfig(content, kubeconfig, kubecontext)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("kubeconfig %s: %w", kubeconfig, err)
+	}
+	return cfg, nil
+}
+
+func restConfig(content []byte, kubeconfig, kubecontext string) (*rest.Config, error) {
 	parsed, err := clientcmd.Load(content)
 	if err != nil {
 		return nil, fmt.Errorf("reading: %w", err)
 	}
 	// Relative paths in it start from where it lies.
 	for _, c := range parsed.Clusters {
-		c.LocationOfOrigin = r.cfg.Kubeconfig
+		c.LocationOfOrigin = kubeconfig
 	}
 	for _, a := range parsed.AuthInfos {
-		a.LocationOfOrigin = r.cfg.Kubeconfig
+		a.LocationOfOrigin = kubeconfig
 	}
 	if err := clientcmd.ResolveLocalPaths(parsed); err != nil {
 		return nil, fmt.Errorf("resolving paths: %w", err)
 	}
 	// Not the loader that falls back to the cluster this server runs in: another
 	// cluster's word about a token is worth nothing.
-	cfg, err := clientcmd.NewNonInteractiveClientConfig(*parsed, r.cfg.Context, &clientcmd.ConfigOverrides{}, nil).ClientConfig()
+	cfg, err := clientcmd.NewNonInteractiveClientConfig(*parsed, kubecontext, &clientcmd.ConfigOverrides{}, nil).ClientConfig()
 	if err != nil {
 		return nil, fmt.Errorf("choosing a context: %w", err)
 	}
@@ -274,6 +311,14 @@ func (r *reviewer) connect(content []byte) (rest.Interface, error) {
 		return nil, err
 	}
 	cfg.UserAgent = "latchkey-server"
+	return cfg, nil
+}
+
+func (r *reviewer) connect(content []byte) (rest.Interface, error) {
+	cfg, err := restConfig(content, r.cfg.Kubeconfig, r.cfg.Context)
+	if err != nil {
+		return nil, err
+	}
 	cfg.Timeout = r.timeout
 	cfg.QPS = -1 // the slots are the limit
 	cfg.ContentType = "application/json"

@@ -149,12 +149,24 @@ func TestReviewAnswers(t *testing.T) {
 		outcome Outcome
 		want    error // nil: accepted
 	}{
-		"as it is":                  {func(*authv1.TokenReviewStatus) {}, OutcomeAlive, nil},
-		"more audiences":            {func(s *authv1.TokenReviewStatus) { s.Audiences = append(s.Audiences, "more") }, OutcomeAlive, nil},
-		"other audiences":           {func(s *authv1.TokenReviewStatus) { s.Audiences = []string{"https://kubernetes.default.svc"} }, OutcomeNoAudience, ErrUnavailable},
-		"no audiences":              {func(s *authv1.TokenReviewStatus) { s.Audiences = nil }, OutcomeNoAudience, ErrUnavailable},
-		"not authenticated":         {func(s *authv1.TokenReviewStatus) { s.Authenticated = false }, OutcomeNotAlive, ErrInvalid},
-		"empty":                     {func(s *authv1.TokenReviewStatus) { *s = authv1.TokenReviewStatus{} }, OutcomeNotAlive, ErrInvalid},
+		"as it is":          {func(*authv1.TokenReviewStatus) {}, OutcomeAlive, nil},
+		"more audiences":    {func(s *authv1.TokenReviewStatus) { s.Audiences = append(s.Audiences, "more") }, OutcomeAlive, nil},
+		"other audiences":   {func(s *authv1.TokenReviewStatus) { s.Audiences = []string{"https://kubernetes.default.svc"} }, OutcomeNoAudience, ErrUnavailable},
+		"no audiences":      {func(s *authv1.TokenReviewStatus) { s.Audiences = nil }, OutcomeNoAudience, ErrUnavailable},
+		"not authenticated": {func(s *authv1.TokenReviewStatus) { s.Authenticated = false }, OutcomeNotAlive, ErrInvalid},
+		"empty":             {func(s *authv1.TokenReviewStatus) { *s = authv1.TokenReviewStatus{} }, OutcomeNotAlive, ErrInvalid},
+		"expired there": {func(s *authv1.TokenReviewStatus) {
+			*s = authv1.TokenReviewStatus{Error: "[invalid bearer token, service account token has expired]"}
+		}, OutcomeNotAlive, ErrInvalid},
+		"account gone, and a webhook is away": {func(s *authv1.TokenReviewStatus) {
+			*s = authv1.TokenReviewStatus{Error: `[serviceaccounts "default" not found, Post "https://webhook": dial tcp 10.0.0.1:443: connect: connection refused]`}
+		}, OutcomeNotAlive, ErrInvalid},
+		"could not look the account up": {func(s *authv1.TokenReviewStatus) {
+			*s = authv1.TokenReviewStatus{Error: "[invalid bearer token, etcdserver: request timed out]"}
+		}, OutcomeOutage, ErrUnavailable},
+		"could not ask in time": {func(s *authv1.TokenReviewStatus) {
+			*s = authv1.TokenReviewStatus{Error: `Get "https://[::1]:6443/api/v1/namespaces/default/serviceaccounts/default": context deadline exceeded`}
+		}, OutcomeOutage, ErrUnavailable},
 		"another user":              {func(s *authv1.TokenReviewStatus) { s.User.Username = "system:serviceaccount:default:other" }, OutcomeMismatch, ErrInvalid},
 		"account made anew":         {func(s *authv1.TokenReviewStatus) { s.User.UID = tokens.UID("new") }, OutcomeMismatch, ErrInvalid},
 		"another pod":               {extra(extraPodName, "other-0"), OutcomeMismatch, ErrInvalid},
