@@ -134,8 +134,8 @@ func newDoctor(c *cli) *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "doctor", Short: "Look at the server and what it depends on, and say what to do",
 		Long: "doctor asks the running server about its state directory, store, TLS certificate, users and audit log,\n" +
-			"and lets it ask STS who it is and each cluster's API server whether it may review tokens. Each line is\n" +
-			"ok, warn or fail; with a fail, the exit code is 4.",
+			"and lets it ask STS who it is and each cluster's API server whether it may review tokens and which keys\n" +
+			"it has. Each line is ok, warn or fail; with a fail, the exit code is 4.",
 		Args: commandline.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			findings, err := c.client().Doctor(cmd.Context())

@@ -21,10 +21,10 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/client-go/kubernetes"
-	"k8s.io/client-go/tools/clientcmd"
 
 	"github.com/latchkey-dev/latchkey/pkg/association"
 	"github.com/latchkey-dev/latchkey/pkg/satoken"
+	"github.com/latchkey-dev/latchkey/pkg/tokencheck"
 )
 
 // doctorTimeout bounds one question to something elsewhere.
@@ -176,15 +176,16 @@ func (s *server) askSTS(ctx context.Context) Finding {
 	var date time.Time
 	cfg, err := config.LoadDefaultConfig(ctx, config.WithRegion(region), config.WithHTTPClient(&http.Client{
 		Transport: dateTransport{http.DefaultTransport, &date},
-	}), config.WithRetryMaxAttempts(2))
+	}))
 	if err != nil {
 		return fail(what, "correct the AWS configuration (AWS_PROFILE, ~/.aws and so on)", "%s", oneLine(err.Error()))
 	}
-	client := sts.NewFromConfig(cfg, func(o *sts.Options) {
-		if s.cfg.STSEndpoint != "" {
-			o.BaseEndpoint = aws.String(s.cfg.STSEndpoint)
-		}
-	})
+	// The endpoint that the exchanges call, and not one that the environment names.
+	options := sts.Options{Region: region, Credentials: cfg.Credentials, HTTPClient: cfg.HTTPClient, RetryMaxAttempts: 2}
+	if s.cfg.STSEndpoint != "" {
+		options.BaseEndpoint = aws.String(s.cfg.STSEndpoint)
+	}
+	client := sts.New(options)
 	id, err := client.GetCallerIdentity(ctx, &sts.GetCallerIdentityInput{})
 	if err != nil {
 		return fail(what, "give the server AWS credentials that may call sts:AssumeRole, and a way to STS", "GetCallerIdentity in %s: %s", region, oneLine(err.Error()))
@@ -214,24 +215,81 @@ func (t dateTransport) RoundTrip(r *http.Request) (*http.Response, error) {
 	return resp, err
 }
 
-// examineCluster looks at a cluster's settings, and asks its API server to judge
-// a token that is none: whether we may ask, and whether it compares audiences.
+// examineCluster looks at a cluster's settings and records, and asks its API
+// server to judge a token that is none: whether we may ask, and whether it
+// compares audiences.
 func (s *server) examineCluster(ctx context.Context, c association.Cluster) []Finding {
 	what := "cluster " + c.Name
+	var out []Finding
+	if !s.index.Whole(c.Name) {
+		out = append(out, fail(what, "find the record in the log; restore a snapshot, or take the record out with etcd's tools", "a record of it in the store is damaged: service accounts that seem to have no association are answered 503"))
+	}
 	if _, _, err := PinKeys(c.Keys); err != nil {
-		return []Finding{fail(what, "latchkey-server cluster add --replace", "%v", err)}
+		return append(out, fail(what, "latchkey-server cluster add --replace", "%v", err))
 	}
 	if c.TokenReview == nil {
-		return []Finding{warn(what, "latchkey-server cluster add --replace … --token-review KUBECONFIG", "no TokenReview: a stolen token is good until it expires, though its pod be gone")}
+		return append(out, warn(what, "latchkey-server cluster add --replace … --token-review KUBECONFIG", "no TokenReview: a stolen token is good until it expires, though its pod be gone"))
 	}
 	if err := reviewNothing(ctx, c.TokenReview); err != nil {
 		outage := "exchanges answer 503"
 		if c.TokenReview.OnOutage == association.OnOutageKeys {
 			outage = "tokens are accepted by their signature alone"
 		}
-		return []Finding{fail(what, "look at the kubeconfig "+c.TokenReview.Kubeconfig+"; its user needs the ClusterRole system:auth-delegator", "TokenReview: %s; meanwhile %s", oneLine(err.Error()), outage)}
+		return append(out, fail(what, "look at the kubeconfig "+c.TokenReview.Kubeconfig+"; its user needs the ClusterRole system:auth-delegator", "TokenReview: %s; meanwhile %s", oneLine(err.Error()), outage))
 	}
-	return []Finding{ok(what, "%d keys, TokenReview answers", len(specOf(c).PinnedKeys))}
+	out = append(out, ok(what, "%d keys, TokenReview answers", len(specOf(c).PinnedKeys)))
+	return append(out, examineKeys(ctx, c))
+}
+
+// examineKeys compares what is pinned with what the API server that reviews the
+// cluster's tokens publishes: a kubeconfig can be another cluster's.
+func examineKeys(ctx context.Context, c association.Cluster) Finding {
+	what := "keys of " + c.Name
+	ctx, cancel := context.WithTimeout(ctx, doctorTimeout)
+	defer cancel()
+	published, err := FetchKeys(ctx, c.TokenReview.Kubeconfig, c.TokenReview.Context)
+	if err != nil {
+		return warn(what, "give the user of "+c.TokenReview.Kubeconfig+" the ClusterRole system:service-account-issuer-discovery", "cannot be compared with the API server's: %s", oneLine(err.Error()))
+	}
+	return compareKeys(c, published)
+}
+
+func compareKeys(c association.Cluster, published FetchedKeys) Finding {
+	what := "keys of " + c.Name
+	_, theirs, err := PinKeys(published.Document)
+	if err != nil {
+		return warn(what, "look at what kubectl get --raw /openid/v1/jwks prints", "cannot be compared with those of %s: %s", published.Server, oneLine(err.Error()))
+	}
+	ours := specOf(c).PinnedKeys
+	in := func(keys []PinnedKey) func(PinnedKey) bool {
+		return func(k PinnedKey) bool {
+			return slices.ContainsFunc(keys, func(o PinnedKey) bool { return o.ID == k.ID && o.Fingerprint == k.Fingerprint })
+		}
+	}
+	kids := func(keys []PinnedKey, known func(PinnedKey) bool) (out []string) {
+		for _, k := range keys {
+			if !known(k) {
+				out = append(out, k.ID)
+			}
+		}
+		return out
+	}
+	unpinned, unpublished := kids(theirs, in(ours)), kids(ours, in(theirs))
+	pin := "compare the fingerprints, then latchkey-server cluster add --replace with those keys"
+	switch {
+	case len(unpinned) == len(theirs):
+		return fail(what, "correct tokenReview if its kubeconfig is another cluster's; else "+pin,
+			"%s signs tokens with none of them: it is another cluster's API server, or has new keys", published.Server)
+	case !slices.Contains(c.Issuers, published.Issuer):
+		return fail(what, "latchkey-server cluster add --replace … --issuer "+published.Issuer,
+			"%s makes tokens of issuer %s, which are refused: accepted is %s", published.Server, published.Issuer, strings.Join(c.Issuers, ", "))
+	case len(unpinned) > 0:
+		return warn(what, pin, "%s has keys that are not pinned, and tokens signed with those are refused: %s", published.Server, strings.Join(unpinned, ", "))
+	case len(unpublished) > 0:
+		return warn(what, "once no token is signed with it any more, latchkey-server cluster add --replace without it",
+			"pinned, and not published by %s: %s", published.Server, strings.Join(unpublished, ", "))
+	}
+	return ok(what, "those that %s publishes, and its issuer", published.Server)
 }
 
 // errReview: the API server's answer is not one.
@@ -240,9 +298,7 @@ var errReview = errors.New("the API server accepted a token that is none")
 func reviewNothing(ctx context.Context, t *association.TokenReview) error {
 	ctx, cancel := context.WithTimeout(ctx, doctorTimeout)
 	defer cancel()
-	cfg, err := clientcmd.NewNonInteractiveDeferredLoadingClientConfig(
-		&clientcmd.ClientConfigLoadingRules{ExplicitPath: t.Kubeconfig},
-		&clientcmd.ConfigOverrides{CurrentContext: t.Context}).ClientConfig()
+	cfg, err := tokencheck.RESTConfig(t.Kubeconfig, t.Context)
 	if err != nil {
 		return err
 	}

@@ -11,7 +11,8 @@ import (
 	"time"
 
 	"k8s.io/client-go/rest"
-	"k8s.io/client-go/tools/clientcmd"
+
+	"github.com/latchkey-dev/latchkey/pkg/tokencheck"
 )
 
 // FetchedKeys are a cluster's token keys as its API server publishes them now.
@@ -33,14 +34,9 @@ type FetchedKeys struct {
 // keys by itself: whoever could answer in the API server's place could sign
 // tokens of every pod.
 func FetchKeys(ctx context.Context, kubeconfig, kubecontext string) (FetchedKeys, error) {
-	cfg, err := clientcmd.NewNonInteractiveDeferredLoadingClientConfig(
-		&clientcmd.ClientConfigLoadingRules{ExplicitPath: kubeconfig},
-		&clientcmd.ConfigOverrides{CurrentContext: kubecontext}).ClientConfig()
+	cfg, err := tokencheck.RESTConfig(kubeconfig, kubecontext)
 	if err != nil {
-		return FetchedKeys{}, fmt.Errorf("kubeconfig %s: %w", kubeconfig, err)
-	}
-	if cfg.Insecure {
-		return FetchedKeys{}, fmt.Errorf("%w: kubeconfig %s does not check the API server's certificate, so anybody could answer; give it a CA", ErrConfig, kubeconfig)
+		return FetchedKeys{}, fmt.Errorf("%w: %w", ErrConfig, err)
 	}
 	cfg.Timeout = 30 * time.Second
 	client, err := rest.HTTPClientFor(cfg)

@@ -328,7 +328,7 @@ func TestExchangeWithTokenReview(t *testing.T) {
 	if api.reviews.Load() == 0 {
 		t.Error("the API server was not asked")
 	}
-	if d := s.cli("doctor"); !strings.Contains(d, "TokenReview answers") {
+	if d := s.cli("doctor"); !strings.Contains(d, "TokenReview answers") || !strings.Contains(d, "those that "+api.URL+" publishes") {
 		t.Errorf("doctor:\n%s", d)
 	}
 	api.gone.Store(true)
@@ -350,6 +350,14 @@ func TestExchangeWithTokenReview(t *testing.T) {
 	})
 	if m, err := s.get("/metrics"); err != nil || !strings.Contains(m, `latchkey_server_token_reviews_bypassed_total{cluster="prod"} `) {
 		t.Errorf("tokens accepted by their keys alone are not counted: %v", err)
+	}
+
+	// A kubeconfig of another cluster, whose API server reviews tokens just as well.
+	api.away.Store(false)
+	s.cli("cluster", "add", cluster, "--replace", "--region", region, "--account", account,
+		"--keys", writeFile(t, s.dir, "jwks.json", string(newSigner(t).JWKS())), "--issuer", api.signer.Issuer(), "--token-review", kubeconfig)
+	if d := s.try("", "doctor"); d.code != 4 || !strings.Contains(d.stdout, "signs tokens with none of them") {
+		t.Errorf("doctor with another cluster's API server: %+v", d)
 	}
 }
 
