@@ -10,6 +10,7 @@
 package rig
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
@@ -342,31 +343,29 @@ type Answer struct {
 	Body   string
 }
 
-// Conn asks for credentials over one connection.
+// askTimeout bounds one request. It only matters to a test that fails.
+const askTimeout = 20 * time.Second
+
+// errUsedUp: an answer or an error has ended the connection.
+var errUsedUp = errors.New("the connection is used up")
+
+// Conn asks for credentials over one connection, one request after the other.
+//
+// It speaks HTTP itself: http.Transport gives a connection up whose writer has
+// not been heard of 50 ms after the answer, which on a slow machine happens to
+// good ones.
 type Conn struct {
 	net.Conn
-	client *http.Client
-	host   string
+	r    *bufio.Reader
+	host string
+	used bool
 }
 
 // Over makes requests over a connection that somebody opened, whoever it was.
 // The requests are made by this process; the kernel's evidence is that of the
 // connection's opener.
 func Over(c net.Conn, host string) *Conn {
-	once := make(chan net.Conn, 1)
-	once <- c
-	return &Conn{Conn: c, host: host, client: &http.Client{
-		Timeout: 20 * time.Second,
-		Transport: &http.Transport{DialContext: func(context.Context, string, string) (net.Conn, error) {
-			select {
-			case c := <-once:
-				return c, nil
-			default:
-				return nil, errors.New("the connection is used up")
-			}
-		}},
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-	}}
+	return &Conn{Conn: c, r: bufio.NewReader(c), host: host}
 }
 
 // Ask makes one request with a token.
@@ -378,13 +377,37 @@ func (c *Conn) Ask(ctx context.Context, token string) (Answer, error) {
 	req.Header.Set("Authorization", token)
 	// As people's tools do: the answer is text.
 	req.Header.Set("Accept", "*/*")
-	resp, err := c.client.Do(req)
-	if err != nil {
+	if c.used {
+		return Answer{}, errUsedUp
+	}
+	if err := c.SetDeadline(time.Now().Add(askTimeout)); err != nil {
 		return Answer{}, err
+	}
+	stop := context.AfterFunc(ctx, func() { _ = c.SetDeadline(time.Unix(1, 0)) })
+	a, last, err := c.exchange(req)
+	if !stop() || err != nil || last {
+		c.used = true
+		_ = c.Close()
+	} else {
+		err = c.SetDeadline(time.Time{})
+	}
+	if err != nil && ctx.Err() != nil {
+		err = ctx.Err()
+	}
+	return a, err
+}
+
+// exchange writes a request and reads its answer; last says that none follows.
+func (c *Conn) exchange(req *http.Request) (a Answer, last bool, err error) {
+	// Who is turned away may be told before all is written.
+	werr := req.Write(c.Conn)
+	resp, err := http.ReadResponse(c.r, req)
+	if err != nil {
+		return Answer{}, true, errors.Join(werr, err)
 	}
 	defer resp.Body.Close()
 	body, err := io.ReadAll(io.LimitReader(resp.Body, 1<<20))
-	return Answer{resp.StatusCode, resp.Header, string(body)}, err
+	return Answer{resp.StatusCode, resp.Header, string(body)}, resp.Close || werr != nil, err
 }
 
 // Dial opens a connection to the endpoint from a process in the place, and
