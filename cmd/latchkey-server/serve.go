@@ -13,6 +13,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"github.com/latchkey-dev/latchkey/pkg/commandline"
+	"github.com/latchkey-dev/latchkey/pkg/eksapi"
 	"github.com/latchkey-dev/latchkey/pkg/server"
 )
 
@@ -41,6 +42,9 @@ func newServe(c *cli) *cobra.Command {
 				}
 				cfg.Clusters = clusters
 			}
+			if cfg.MaxReads == 0 || cfg.MaxWrites == 0 || cfg.MaxExchanges == 0 {
+				return usage("--max-reads, --max-writes and --max-exchanges: 0 would let nobody in; give -1 for no limit")
+			}
 			log, err := c.logger(c.out)
 			if err != nil {
 				return err
@@ -58,6 +62,9 @@ func newServe(c *cli) *cobra.Command {
 	f.BoolVar(&cfg.InsecureHTTP, "insecure-http", false, "allow plain HTTP on addresses other than loopback")
 	f.IntVar(&cfg.MaxConnections, "max-connections", server.DefaultMaxConnections, "connections of the APIs at most")
 	f.IntVar(&cfg.MaxAddressConnections, "max-connections-per-address", server.DefaultMaxAddressConnections, "connections of one address at most (IPv6: of a /64), which may be a proxy's")
+	f.Float64Var(&cfg.MaxReads, "max-reads", eksapi.DefaultReads, "describes and lists a second of one user, and four times as many at once; -1 for no limit")
+	f.Float64Var(&cfg.MaxWrites, "max-writes", eksapi.DefaultWrites, "changes a second of one user, and five times as many at once; -1 for no limit")
+	f.Float64Var(&cfg.MaxExchanges, "max-exchanges", eksapi.DefaultExchanges, "AssumeRoleForPodIdentity a second of one node or user, and five times as many at once; -1 for no limit")
 	f.StringVar(&cfg.MetricsAddress, "metrics-address", server.DefaultMetricsAddress, "`address` of /metrics, /healthz and /readyz, host:port; empty for none")
 	f.StringVar(&cfg.STSEndpoint, "sts-endpoint", "", "`URL` of an STS-compatible server instead of AWS STS of each cluster's region")
 	f.BoolVar(&cfg.StandInSTS, "stand-in-sts", false, "call no STS and issue marked credentials that open nothing: for demos and tests")

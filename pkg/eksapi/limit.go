@@ -24,14 +24,21 @@ type Rate struct {
 
 // Limits are the rates of one caller: a user, whatever its keys, or a node.
 type Limits struct {
-	// Reads are describe and lists; by default 50/s, 200 at once.
+	// Reads are describe and lists; by default DefaultReads/s, 200 at once.
 	Reads Rate
-	// Writes are changes; by default 20/s, 100 at once.
+	// Writes are changes; by default DefaultWrites/s, 100 at once.
 	Writes Rate
-	// Exchanges are AssumeRoleForPodIdentity; by default 200/s, 1000 at once: a
-	// node whose pods all start.
+	// Exchanges are AssumeRoleForPodIdentity; by default DefaultExchanges/s, 1000
+	// at once: a node whose pods all start.
 	Exchanges Rate
 }
+
+// Defaults of Limits, in calls per second.
+const (
+	DefaultReads     = 50
+	DefaultWrites    = 20
+	DefaultExchanges = 200
+)
 
 type rateClass int
 
@@ -73,9 +80,9 @@ func newLimiters(l Limits, now func() time.Time) *limiters {
 		return r
 	}
 	return &limiters{now: now, most: maxCallers, young: map[callerClass]*rate.Limiter{}, rates: [rateClasses]Rate{
-		rateRead:     or(l.Reads, Rate{50, 200}),
-		rateWrite:    or(l.Writes, Rate{20, 100}),
-		rateExchange: or(l.Exchanges, Rate{200, 1000}),
+		rateRead:     or(l.Reads, Rate{DefaultReads, 200}),
+		rateWrite:    or(l.Writes, Rate{DefaultWrites, 100}),
+		rateExchange: or(l.Exchanges, Rate{DefaultExchanges, 1000}),
 	}}
 }
 

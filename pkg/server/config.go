@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"net"
 	"net/url"
 	"path/filepath"
@@ -44,6 +45,12 @@ const (
 	NodeBindingOff = string(eksapi.BindOff)
 )
 
+// NoLimit as Config.MaxReads and its like lifts the limit.
+const NoLimit = -1
+
+// maxRate is beyond what any server does, and far below what overflows.
+const maxRate = 1e6
+
 // AuditDefault as Config.AuditLog means audit.jsonl in the state directory.
 const AuditDefault = "default"
 
@@ -62,6 +69,10 @@ type Config struct {
 	// those of one address (IPv6: a /64), which may be a proxy's. 0 means the
 	// default of that name.
 	MaxConnections, MaxAddressConnections int
+	// MaxReads, MaxWrites and MaxExchanges are how many calls a second one caller, a
+	// user or a node, may make on and on, and a few times as many at once. 0 means
+	// the default of pkg/eksapi, NoLimit none.
+	MaxReads, MaxWrites, MaxExchanges float64
 	// MetricsAddress serves /metrics, /healthz and /readyz; empty means none.
 	MetricsAddress string
 	// AdminSocket is the path of the CLI's socket; empty means admin.sock in
@@ -190,6 +201,18 @@ func (c *Config) check() error {
 	if c.MaxConnections < 0 || c.MaxAddressConnections < 0 {
 		return fmt.Errorf("%w: --max-connections and --max-connections-per-address are more than 0", ErrConfig)
 	}
+	for _, l := range []struct {
+		flag  string
+		value *float64
+		usual float64
+	}{{"--max-reads", &c.MaxReads, eksapi.DefaultReads}, {"--max-writes", &c.MaxWrites, eksapi.DefaultWrites}, {"--max-exchanges", &c.MaxExchanges, eksapi.DefaultExchanges}} {
+		if *l.value == 0 {
+			*l.value = l.usual
+		}
+		if v := *l.value; v != NoLimit && !(v > 0 && v <= maxRate) { // NaN is neither
+			return fmt.Errorf("%w: %s %g: give calls a second, up to %g, or %d for no limit", ErrConfig, l.flag, v, maxRate, NoLimit)
+		}
+	}
 	if c.AuditSize <= 0 || c.AuditFiles < 0 || c.StoreQuota <= 0 {
 		return fmt.Errorf("%w: sizes and counts are not negative, and --audit-max-size and --store-quota are more than 0", ErrConfig)
 	}
@@ -210,6 +233,15 @@ func (c *Config) check() error {
 	return nil
 }
 
+// limits are those of one caller. Who comes after a while may do at once what he
+// might have done in the last seconds.
+func (c *Config) limits() eksapi.Limits {
+	of := func(perSecond float64, seconds float64) eksapi.Rate {
+		return eksapi.Rate{PerSecond: perSecond, Burst: max(1, int(math.Ceil(perSecond*seconds)))}
+	}
+	return eksapi.Limits{Reads: of(c.MaxReads, 4), Writes: of(c.MaxWrites, 5), Exchanges: of(c.MaxExchanges, 5)}
+}
+
 // warnings are settings that are accepted and that somebody should know of.
 func (c *Config) warnings() []string {
 	var out []string
@@ -218,6 +250,9 @@ func (c *Config) warnings() []string {
 	}
 	if c.TLSCert == "" && !loopback(c.Listen) {
 		out = append(out, "plain HTTP beyond loopback: tokens and credentials can be read on the way")
+	}
+	if u, err := url.Parse(c.STSEndpoint); err == nil && u.Scheme == "http" && !loopback(net.JoinHostPort(u.Hostname(), "0")) {
+		out = append(out, "--sts-endpoint is plain HTTP: the credentials that it issues can be read on the way")
 	}
 	if c.NodeBinding != NodeBindingRequire {
 		out = append(out, "node binding is "+c.NodeBinding+": a node's agent may redeem tokens of pods on other nodes")

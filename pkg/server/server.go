@@ -309,7 +309,7 @@ func (s *server) api(ctx context.Context) (http.Handler, error) {
 	eks, err := eksapi.New(eksapi.Config{
 		Associations: s.store, Index: s.index, Tokens: pods, Issuer: credentials,
 		Keys:        sigv4.Choose{Static: s.users, Session: nodes},
-		NodeBinding: eksapi.NodeBinding(s.cfg.NodeBinding), Strangers: s.strangers,
+		NodeBinding: eksapi.NodeBinding(s.cfg.NodeBinding), Limits: s.cfg.limits(), Strangers: s.strangers,
 		Audit: func(r eksapi.Record) {
 			s.metrics.audited(r, func(name string) bool { _, ok := s.index.Cluster(name); return ok })
 			s.audit.Write(r)

@@ -13,6 +13,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"log/slog"
+	"math"
 	"math/big"
 	"net/http"
 	"net/http/httptest"
@@ -416,6 +417,9 @@ func TestConfigIsChecked(t *testing.T) {
 		"session of a fraction":    func(c *Config) { c.SessionDuration = time.Hour + time.Millisecond },
 		"node binding":             func(c *Config) { c.NodeBinding = "" },
 		"traces":                   func(c *Config) { c.TracesEndpoint = "collector:4317" },
+		"limit below none":         func(c *Config) { c.MaxReads = -2 },
+		"limit that is no number":  func(c *Config) { c.MaxWrites = math.NaN() },
+		"limit without end":        func(c *Config) { c.MaxExchanges = math.Inf(1) },
 		"cluster without a region": func(c *Config) {
 			c.Clusters = []ClusterSpec{{Name: "a", Account: "1", Issuers: []string{"i"}, Keys: signer(t, "ES256").JWKS()}}
 		},
@@ -428,6 +432,21 @@ func TestConfigIsChecked(t *testing.T) {
 		change(&c)
 		if err := c.check(); !errors.Is(err, ErrConfig) {
 			t.Errorf("%s: %v", name, err)
+		}
+	}
+	c = good()
+	c.MaxReads, c.MaxWrites = 0.01, NoLimit
+	if err := c.check(); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := c.limits(), (eksapi.Limits{Reads: eksapi.Rate{PerSecond: 0.01, Burst: 1}, Writes: eksapi.Rate{PerSecond: -1, Burst: 1}, Exchanges: eksapi.Rate{PerSecond: 200, Burst: 1000}}); got != want {
+		t.Errorf("limits %+v, want %+v", got, want)
+	}
+	for endpoint, warned := range map[string]bool{"http://minio:9000": true, "http://127.0.0.1:9000": false, "https://sts.example": false} {
+		c := good()
+		c.STSEndpoint = endpoint
+		if err := c.check(); err != nil || (len(c.warnings()) > 0) != warned {
+			t.Errorf("%s: %v, %q", endpoint, err, c.warnings())
 		}
 	}
 	c = good()

@@ -339,6 +339,28 @@ clusters:
 	}
 }
 
+// A user's calls are bounded as the flags say.
+func TestLimitsOfCallers(t *testing.T) {
+	t.Parallel()
+	s := start(t, "--max-reads", "0.000001", "--max-writes", "-1")
+	s.addCluster(cluster, newSigner(t))
+	// Making a user takes a read of its own, which is all it has.
+	busy := s.eks(s.user("busy"))
+	_, err := busy.ListPodIdentityAssociations(s.ctx, listInput())
+	want(t, "one read too many", err, "ThrottlingException", 429, "Rate exceeded")
+	for i := range 150 {
+		_, err := busy.CreatePodIdentityAssociation(s.ctx, &eks.CreatePodIdentityAssociationInput{
+			ClusterName: aws.String(cluster), Namespace: aws.String("web"), ServiceAccount: aws.String(fmt.Sprint("sa-", i)), RoleArn: aws.String(roleARN("r")),
+		})
+		if err != nil {
+			t.Fatalf("change %d without a limit: %v", i, err)
+		}
+	}
+	if r := newServer(t).try("", "serve", "--metrics-address", "", "--max-writes", "0"); r.code != 2 || !strings.Contains(r.stderr, "-1 for no limit") {
+		t.Errorf("%+v", r)
+	}
+}
+
 // The store has no listener: what the process listens on is the two addresses
 // and the admin socket in a directory of its own.
 func TestListensOnNothingElse(t *testing.T) {
