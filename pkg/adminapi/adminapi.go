@@ -15,6 +15,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/url"
 	"strconv"
@@ -22,6 +23,7 @@ import (
 	"time"
 
 	"github.com/latchkey-dev/latchkey/pkg/adminsocket"
+	"github.com/latchkey-dev/latchkey/pkg/evidence"
 )
 
 // DefaultSocket is where the agent listens unless told otherwise.
@@ -197,6 +199,22 @@ type Denial struct {
 	Upstream *UpstreamError `json:"upstream,omitempty"`
 	// Detail is the cause as the agent logs it.
 	Detail string `json:"detail,omitempty"`
+}
+
+// Reasons lists what Denial.Reason can be.
+func Reasons() []string {
+	return []string{
+		string(evidence.ReasonNoEvidence), string(evidence.ReasonUnresolved), string(evidence.ReasonNotPod), string(evidence.ReasonTwoPods),
+		string(evidence.ReasonForeignNetns), string(evidence.ReasonPodMismatch), string(evidence.ReasonPodEnded),
+		string(evidence.ReasonTokenMissing), string(evidence.ReasonTokenTooLarge), string(evidence.ReasonTokenMalformed),
+		string(evidence.ReasonTokenAlgorithm), string(evidence.ReasonTokenUnknownKey), string(evidence.ReasonTokenSignature),
+		string(evidence.ReasonTokenIssuer), string(evidence.ReasonTokenAudience), string(evidence.ReasonTokenExpired),
+		string(evidence.ReasonTokenNotYetValid), string(evidence.ReasonTokenUnbound), string(evidence.ReasonKeysUnavailable),
+		string(evidence.ReasonHost), string(evidence.ReasonRateLimited),
+		string(evidence.ReasonUpstreamDenied), string(evidence.ReasonUpstreamNotFound), string(evidence.ReasonUpstreamToken),
+		string(evidence.ReasonUpstreamThrottled), string(evidence.ReasonUpstreamUnavailable), string(evidence.ReasonUpstreamInvalid),
+		string(evidence.ReasonStopping), "bad_request", "internal_error",
+	}
 }
 
 // Denials is the answer of PathDenials, oldest first.
@@ -378,7 +396,7 @@ type Pod struct {
 	// Role is the ARN that the credentials assume.
 	Role        string `json:"role,omitempty"`
 	Association string `json:"association,omitempty"`
-	// Credentials is none, fetching, valid or failing.
+	// Credentials is none, fetching, valid, failing or denied.
 	Credentials string     `json:"credentials"`
 	Expires     *time.Time `json:"expires,omitempty"`
 	// Verdict is the last one of this pod, and LastAsked its time.
@@ -521,8 +539,11 @@ func ask[T any](ctx context.Context, c *Client, method, path string, query url.V
 	if errors.As(err, &failed) {
 		err = failed.Err
 	}
+	var waited net.Error
 	switch {
 	case err == nil:
+	case errors.As(err, &waited) && waited.Timeout():
+		return out, fmt.Errorf("the agent on %s has not answered within %s: its log may say why", c.socket, c.http.Timeout)
 	case adminsocket.Forbidden(err):
 		return out, fmt.Errorf("%w: the admin socket %s is root's; use sudo", ErrNotPermitted, c.socket)
 	case adminsocket.NobodyListens(err):

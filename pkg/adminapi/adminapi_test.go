@@ -12,6 +12,7 @@ import (
 	"reflect"
 	"strings"
 	"testing"
+	"time"
 )
 
 // serve answers on a socket of its own.
@@ -47,6 +48,17 @@ func TestErrorsSayWhatWentWrong(t *testing.T) {
 	}
 	_, err := NewClient(filepath.Join(t.TempDir(), "none.sock")).Pods(t.Context())
 	if !errors.Is(err, ErrNoAgent) || !strings.Contains(err.Error(), "is latchkey-agent running") || strings.Contains(err.Error(), "http://") {
+		t.Errorf("%v", err)
+	}
+}
+
+// An agent that hangs is not one that does not run.
+func TestAgentThatDoesNotAnswer(t *testing.T) {
+	t.Parallel()
+	c := serve(t, func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() })
+	c.http.Timeout = 50 * time.Millisecond
+	_, err := c.Status(t.Context())
+	if err == nil || errors.Is(err, ErrNoAgent) || !strings.Contains(err.Error(), "has not answered within 50ms") {
 		t.Errorf("%v", err)
 	}
 }

@@ -5,6 +5,10 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -38,6 +42,33 @@ func TestUpstreamErrorsAreTakenApart(t *testing.T) {
 	}
 	if u := upstreamErrorText("upstream_unavailable", "dial tcp: refused"); u.Status != 0 || u.Message != "dial tcp: refused" {
 		t.Errorf("%+v", u)
+	}
+}
+
+// The CLI refuses to choose by a reason that no refusal has, so it must know
+// all that there are.
+func TestReasonsOfDenialsAreAllListed(t *testing.T) {
+	t.Parallel()
+	listed := adminapi.Reasons()
+	want := 0
+	constant := regexp.MustCompile(`Reason\w* +(?:evidence\.)?Reason = "([a-z_]+)"`)
+	for _, file := range []string{"../evidence/reason.go", "../credserver/record.go"} {
+		source, err := os.ReadFile(filepath.FromSlash(file))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range constant.FindAllStringSubmatch(string(source), -1) {
+			if r := evidence.Reason(m[1]); r == evidence.ReasonServed || r == credserver.ReasonNotFound {
+				continue // no refusal, or not of credentials
+			}
+			want++
+			if !slices.Contains(listed, m[1]) {
+				t.Errorf("%s is missing", m[1])
+			}
+		}
+	}
+	if len(listed) != want {
+		t.Errorf("%d are listed, and there are %d", len(listed), want)
 	}
 }
 

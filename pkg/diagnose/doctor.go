@@ -156,7 +156,11 @@ func (d *Doctor) cgroups(context.Context) {
 func (d *Doctor) agent(ctx context.Context) {
 	s, err := d.Agent.Status(ctx)
 	if err != nil {
-		d.add(explain.Fail, "agent", firstLine(err), "start latchkey-agent, and look at its log: it says why it does not start")
+		fix := "start latchkey-agent, and look at its log: it says why it does not start"
+		if holder, _ := PortHolder(d.ProcFS, d.hosts, d.port, 0); strings.HasPrefix(holder, "latchkey-agent ") || !errors.Is(err, adminapi.ErrNoAgent) {
+			fix = "give the --admin-socket that the agent was started with (pgrep -af latchkey-agent); if it is the same, look at the agent's log, and restart it"
+		}
+		d.add(explain.Fail, "agent", firstLine(err), fix)
 		return
 	}
 	d.status = &s
@@ -463,7 +467,11 @@ func (d *Doctor) upstream(ctx context.Context) {
 	default:
 		d.add(explain.OK, "upstream", fmt.Sprintf("%s answers", r.Endpoint), "")
 	}
-	if r.ClockSkew != nil {
+	switch {
+	case err != nil:
+	case r.ClockSkew == nil:
+		d.add(explain.Unknown, "clock", "EKS Auth has not told its time", "let the node reach EKS Auth; chronyc tracking shows whether the clock is kept")
+	default:
 		skew := time.Duration(*r.ClockSkew * float64(time.Second)).Round(time.Second)
 		fix := "set the clock and keep it: chronyc makestep; chronyc tracking"
 		switch {

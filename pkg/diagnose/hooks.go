@@ -126,7 +126,12 @@ func pinned(at, base string) (*Object, error) {
 			return nil, err
 		}
 		id, _ := info.ID()
-		return &Object{Kind: "map", Name: name, ID: uint32(id), Detail: fmt.Sprintf("%s, key %d, value %d bytes, %d entries at most", info.Type, info.KeySize, info.ValueSize, info.MaxEntries)}, nil
+		most := fmt.Sprintf("%d entries at most", info.MaxEntries)
+		if info.MaxEntries == 0 {
+			// The kernel keeps such a map's entries with their sockets.
+			most = "an entry a socket"
+		}
+		return &Object{Kind: "map", Name: name, ID: uint32(id), Detail: fmt.Sprintf("%s, key %d, value %d bytes, %s", info.Type, info.KeySize, info.ValueSize, most)}, nil
 	}
 	return nil, nil
 }
@@ -150,7 +155,7 @@ func fullName(seen, pin string) string {
 // directory, empty if it pins nothing.
 func Hooks(mount, cgroup, pins string) ([]explain.Hook, error) {
 	own, links := ownPrograms(pins), linksOf()
-	var out []explain.Hook
+	out := []explain.Hook{}
 	for _, h := range hookTypes {
 		effective, err := query(filepath.Join(mount, cgroup), h.attach, queryEffective)
 		if err != nil {
@@ -171,7 +176,7 @@ func Hooks(mount, cgroup, pins string) ([]explain.Hook, error) {
 				break
 			}
 		}
-		hook := explain.Hook{Name: h.name}
+		hook := explain.Hook{Name: h.name, Programs: []explain.Program{}}
 		for _, p := range effective {
 			d := describe(p, own, links)
 			d.Cgroup = where[p.ID]

@@ -66,7 +66,7 @@ func ParseClaims(token string) (*Claims, error) {
 	}
 	k := payload.Kubernetes
 	c := &Claims{
-		Algorithm: printable(header.Alg), KeyID: printable(header.Kid), Issuer: printable(payload.Iss), Subject: printable(payload.Sub),
+		Audience: []string{}, Algorithm: printable(header.Alg), KeyID: printable(header.Kid), Issuer: printable(payload.Iss), Subject: printable(payload.Sub),
 		Namespace: printable(k.Namespace), ServiceAccount: printable(k.ServiceAccount.Name), Pod: printable(k.Pod.Name), PodUID: printable(k.Pod.UID),
 		Node: printable(k.Node.Name), ID: printable(payload.Jti), SignatureBytes: len(signature),
 		IssuedAt: unix(payload.Iat), NotBefore: unix(payload.Nbf), Expires: unix(payload.Exp),

@@ -158,6 +158,7 @@ const (
 	None               Code = "none"
 	NeverAsked         Code = "never_asked"
 	NoAgent            Code = "no_agent"
+	AgentSilent        Code = "agent_not_answering"
 	NotPermitted       Code = "not_permitted"
 	CgroupV1           Code = "cgroup_v1_only"
 	NoKernel           Code = "kernel_cannot_attest"

@@ -96,10 +96,14 @@ func TestExplain(t *testing.T) {
 		"shadow": {func(in *Input) {
 			in.Facts.Denials = []adminapi.Denial{{Reason: "pod_mismatch", PodUID: uid, Last: *ago(0), Shadow: true}}
 		}, None, "", "served"},
-		"no agent":        {func(in *Input) { in.Facts, in.AgentError = nil, "no agent answers" }, NoAgent, "agent", "no latchkey-agent runs"},
-		"not root":        {func(in *Input) { in.Facts, in.AgentError = nil, "not permitted: use sudo" }, NotPermitted, "agent", "only root"},
-		"cgroup v1":       {func(in *Input) { in.Facts, in.Node = nil, Node{CgroupV1: true} }, CgroupV1, "kernel", "cgroup v1 only"},
-		"old kernel":      {func(in *Input) { in.Facts, in.Node.MissingFeatures = nil, []string{"BTF"} }, NoKernel, "kernel", "cannot attest"},
+		"no agent":   {func(in *Input) { in.Facts, in.AgentError = nil, "no agent answers" }, NoAgent, "agent", "no latchkey-agent runs"},
+		"not root":   {func(in *Input) { in.Facts, in.AgentError = nil, "not permitted: use sudo" }, NotPermitted, "agent", "only root"},
+		"cgroup v1":  {func(in *Input) { in.Facts, in.Node = nil, Node{CgroupV1: true} }, CgroupV1, "kernel", "cgroup v1 only"},
+		"old kernel": {func(in *Input) { in.Facts, in.Node.MissingFeatures = nil, []string{"BTF"} }, NoKernel, "kernel", "cannot attest"},
+		"agent elsewhere": {func(in *Input) {
+			in.Facts, in.AgentError, in.Node.PortHolder = nil, "no agent answers on /run/x", "latchkey-agent (7) on 169.254.170.23:80"
+		}, AgentSilent, "agent", "latchkey-agent (7) on 169.254.170.23:80 runs, and does not answer"},
+		"agent hangs":     {func(in *Input) { in.Facts, in.AgentError = nil, "the agent has not answered within 10s" }, AgentSilent, "agent", "latchkey-agent does not answer"},
 		"port held":       {func(in *Input) { in.Facts, in.Node.PortHolder = nil, "nginx (7) on 0.0.0.0:80" }, NoAgent, "agent", "nginx (7) on 0.0.0.0:80 holds"},
 		"not attesting":   {func(in *Input) { in.Facts.Status.Attesting, in.Facts.Status.CannotAttest = false, "no BTF" }, NotAttesting, "", "does not attest"},
 		"address gone":    {func(in *Input) { in.Facts.Status.Addresses[0].Present = false }, AddressGone, "address", "169.254.170.23 is gone"},

@@ -25,6 +25,9 @@ const (
 	lateWindow = 3 * time.Minute
 )
 
+// agentName is what the agent's process is called.
+const agentName = "latchkey-agent"
+
 // The ways of a step's name.
 var order = []string{"agent", "kernel", "clock", "process", "cgroup", "pod", "address", "hooks", "reach", "connection", "token", "verdict", "association", "role", "credentials"}
 
@@ -157,6 +160,14 @@ func (w *walk) withoutAgent() {
 	switch {
 	case strings.Contains(w.in.AgentError, adminapi.ErrNotPermitted.Error()):
 		w.fail("agent", w.in.AgentError, "admin socket", time.Time{}, Cause{NotPermitted, "only root may ask the agent", []string{"run latchkey with sudo"}})
+		return
+	case strings.HasPrefix(n.PortHolder, agentName+" "), !strings.Contains(w.in.AgentError, adminapi.ErrNoAgent.Error()):
+		text := "latchkey-agent does not answer"
+		if n.PortHolder != "" {
+			text = n.PortHolder + " runs, and does not answer"
+		}
+		w.fail("agent", w.in.AgentError, "admin socket", time.Time{}, Cause{AgentSilent, text + " on its admin socket",
+			[]string{"give latchkey the --admin-socket that the agent was started with: pgrep -af " + agentName, "if it is the same, look at the agent's log, and restart it"}})
 		return
 	case n.CgroupV2 == "" && n.CgroupV1:
 		w.add(Unknown, "agent", w.in.AgentError, "admin socket", time.Time{})
