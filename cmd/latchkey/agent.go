@@ -27,6 +27,8 @@ func (c *cli) statusVerb() *cobra.Command {
 		Use:   "status",
 		Short: "Show the agent: what it attests, listens on, checks tokens with and calls",
 		Args:  commandline.NoArgs,
+		Example: "  latchkey status\n" +
+			"  latchkey status -o json | jq '.listeners[] | select(.serving | not)'",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			s, err := c.agent().Status(cmd.Context())
 			if err != nil {
@@ -103,8 +105,15 @@ func (c *cli) denialsVerb() *cobra.Command {
 			if err := watch.check(cmd); err != nil {
 				return err
 			}
+			if reason != "" {
+				if err := oneOf(cmd, "reason", reason, adminapi.Reasons()); err != nil {
+					return err
+				}
+			}
+			remembered := 0
 			chosen := func(after uint64) (adminapi.Denials, error) {
 				d, err := c.agent().Denials(cmd.Context(), after)
+				remembered = len(d.Denials)
 				d.Denials = slices.DeleteFunc(d.Denials, func(d adminapi.Denial) bool {
 					return reason != "" && d.Reason != reason || namespace != "" && d.Namespace != namespace && d.TokenNamespace != namespace ||
 						pod != "" && pod != d.PodUID && pod != d.Pod && pod != d.Namespace+"/"+d.Pod
@@ -119,7 +128,12 @@ func (c *cli) denialsVerb() *cobra.Command {
 				return err
 			}
 			return c.print(d, func() error {
-				if len(d.Denials) == 0 {
+				switch {
+				case len(d.Denials) > 0:
+				case remembered > 0:
+					fmt.Fprintf(c.out, "Nothing that matches was refused lately; there are %d refusals of other kinds.\n", remembered)
+					return nil
+				default:
 					fmt.Fprintln(c.out, "Nothing was refused lately.")
 					return nil
 				}
@@ -131,11 +145,14 @@ func (c *cli) denialsVerb() *cobra.Command {
 	cmd.Flags().StringVarP(&namespace, "namespace", "n", "", "only pods or tokens of this `namespace`")
 	cmd.Flags().StringVar(&pod, "pod", "", "only this `pod`, by its UID, name or NAMESPACE/POD")
 	watch.flags(cmd)
+	_ = cmd.RegisterFlagCompletionFunc("reason", cobra.FixedCompletions(adminapi.Reasons(), cobra.ShellCompDirectiveNoFileComp))
+	c.completeFlags(cmd, map[string]func(adminapi.Pod) string{"namespace": podNamespace, "pod": podQuery})
 	return cmd
 }
 
 func (c *cli) watchDenials(ctx context.Context, w watcher, since func(uint64) (adminapi.Denials, error)) error {
 	var seq uint64
+	var widths []int
 	first := true
 	return w.each(ctx, func() error {
 		d, err := since(seq)
@@ -150,7 +167,11 @@ func (c *cli) watchDenials(ctx context.Context, w watcher, since func(uint64) (a
 		if len(d.Denials) == 0 && !first {
 			return nil
 		}
-		return c.write(c.denialTable(d.Denials, first))
+		t := c.denialTable(d.Denials, first)
+		t.widths = widths
+		err = c.write(t)
+		widths = t.widths
+		return err
 	})
 }
 
@@ -208,6 +229,8 @@ func (c *cli) cacheVerb() *cobra.Command {
 		Long: "cache shows for each subject (a pod and its service account) the role, the state and the times of its\n" +
 			"credentials; never the credentials. States: fresh; refreshing, queued: being renewed; idle: nobody asks\nfor them; awaiting_token: renewed by the next request, as the token that is kept has expired; failing:\nserved until they expire, since they cannot be renewed; fetching, denied: there are none.",
 		Args: commandline.NoArgs,
+		Example: "  latchkey cache\n" +
+			"  latchkey cache -o json | jq '.entries[] | select(.state == \"failing\") | .last_error'",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			s, err := c.agent().Cache(cmd.Context())
 			if err != nil {
@@ -371,7 +394,7 @@ func (c *cli) printToken(r tokenReport) error {
 	t.add("issuer", dash(k.Issuer))
 	t.add("audience", dash(strings.Join(k.Audience, ", ")))
 	t.add("subject", dash(k.Subject))
-	t.add("pod", dash(strings.Trim(k.Namespace+"/"+k.Pod, "/")))
+	t.add("pod", qualified(k.Namespace, k.Pod))
 	t.add("pod UID", dash(k.PodUID))
 	t.add("node", dash(k.Node))
 	t.add("token id", dash(k.ID))
@@ -416,6 +439,8 @@ func (c *cli) bpfVerb() *cobra.Command {
 		Long: "bpf shows what the agent has pinned, its counters, and all programs that run when a process below the\n" +
 			"agent's cgroup connects: those of the same cgroup and of those above it, in the order in which they run,\nand those that are attached further below, which see some pods only.",
 		Args: commandline.NoArgs,
+		Example: "  latchkey bpf\n" +
+			"  latchkey bpf -o json | jq .counters.no_option",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			s, err := c.agent().Status(cmd.Context())
 			if err != nil {
@@ -424,7 +449,7 @@ func (c *cli) bpfVerb() *cobra.Command {
 			if !s.Attesting {
 				return fmt.Errorf("%w: this agent has no programs: %s", adminapi.ErrNotFound, s.CannotAttest)
 			}
-			r := bpfReport{AttachedAt: s.AttachedAt, Pins: s.Pins, Counters: s.BPF}
+			r := bpfReport{Hooks: []explain.Hook{}, AttachedAt: s.AttachedAt, Pins: s.Pins, Counters: s.BPF}
 			problem := func(err error) {
 				if err != nil {
 					r.Problems = append(r.Problems, err.Error())
@@ -514,6 +539,11 @@ func (c *cli) printBPF(r bpfReport) error {
 	return nil
 }
 
+// doctorReport is what `latchkey doctor` says.
+type doctorReport struct {
+	Checks []diagnose.Check `json:"checks"`
+}
+
 func (c *cli) doctorVerb() *cobra.Command {
 	return &cobra.Command{
 		Use:   "doctor",
@@ -521,6 +551,8 @@ func (c *cli) doctorVerb() *cobra.Command {
 		Long: "doctor checks what credentials of pods depend on, and says of each ok, warning or failed, with what to do.\n" +
 			"It changes nothing. Connections are tried from the node and from the network namespaces of up to three\npods, in children that end at once. What the agent's container may not see is unknown there: on the\nnode itself, as root, nothing is.\n\n" + exitCodes,
 		Args: commandline.NoArgs,
+		Example: "  latchkey doctor\n" +
+			"  latchkey doctor -o json | jq '.checks[] | select(.state != \"ok\")'",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			d := &diagnose.Doctor{Agent: c.agent(), Child: c.child}
 			people := c.format == formatTable || c.format == formatWide
@@ -536,9 +568,7 @@ func (c *cli) doctorVerb() *cobra.Command {
 			}
 			checks := d.Run(cmd.Context())
 			if !people {
-				if err := c.print(struct {
-					Checks []diagnose.Check `json:"checks"`
-				}{checks}, nil); err != nil {
+				if err := c.print(doctorReport{checks}, nil); err != nil {
 					return err
 				}
 			}

@@ -260,7 +260,7 @@ func (c *cli) whoisVerb() *cobra.Command {
 					if p.Name != "" {
 						t.add("name", p.Namespace+"/"+p.Name)
 					}
-					t.add("service account", dash(strings.Trim(p.Namespace+"/"+p.ServiceAccount, "/")))
+					t.add("service account", qualified(p.Namespace, p.ServiceAccount))
 					t.add("role", dash(p.Role))
 					t.add("credentials", p.Credentials)
 					t.add("last verdict", c.verdict(*p))

@@ -11,6 +11,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -95,7 +96,7 @@ func newRoot(out io.Writer, now func() time.Time) *cobra.Command {
 	root := commandline.Root(out, "latchkey", "Show which pod of this node maps to which role, and why",
 		"latchkey asks the latchkey-agent of this node, over its admin socket (root only). It never shows a\nsecret or a token.\n\n"+
 			"Start with explain POD when a pod gets no credentials, and with doctor when none does.\n\n"+
-			"Tables are for people; -o json and -o yaml are for scripts. Colour is used on a terminal only, and not\nif NO_COLOR is set.\n\n"+exitCodes,
+			"Tables are for people; -o json and -o yaml are for scripts, and their names stay (docs/cli/json.md lists\nthem). Colour is used on a terminal only, and not if NO_COLOR is set.\n\n"+exitCodes,
 		commandline.Version(version))
 	root.PersistentFlags().StringVar(&c.socket, "admin-socket", adminapi.DefaultSocket, "the agent's admin `socket`")
 	verbs := []*cobra.Command{
@@ -105,6 +106,10 @@ func newRoot(out io.Writer, now func() time.Time) *cobra.Command {
 	for _, v := range verbs {
 		v.PersistentFlags().StringVarP(&c.format, "output", "o", formatTable, "`format`: table, wide, json or yaml")
 		_ = v.RegisterFlagCompletionFunc("output", cobra.FixedCompletions(formats, cobra.ShellCompDirectiveNoFileComp))
+		if v.ValidArgsFunction == nil && v.Name() != "token" {
+			// Else the shell offers files.
+			v.ValidArgsFunction = cobra.NoFileCompletions
+		}
 		check := v.PreRunE
 		v.PersistentPreRunE = func(cmd *cobra.Command, args []string) error {
 			if err := c.checkFormat(); err != nil {
@@ -183,11 +188,35 @@ func (c *cli) completePods(cmd *cobra.Command, args []string, _ string) ([]strin
 	}
 	var out []string
 	for _, p := range pods {
-		if p.Name != "" {
-			out = append(out, p.Namespace+"/"+p.Name)
-		} else {
-			out = append(out, p.UID)
-		}
+		out = append(out, podQuery(p))
 	}
 	return out, cobra.ShellCompDirectiveNoFileComp
+}
+
+// podQuery names a pod as it can be asked after.
+func podQuery(p adminapi.Pod) string {
+	if p.Name == "" {
+		return p.UID
+	}
+	return qualified(p.Namespace, p.Name)
+}
+
+// completeFlags offers for each flag what the node's pods have there.
+func (c *cli) completeFlags(cmd *cobra.Command, flags map[string]func(adminapi.Pod) string) {
+	for name, value := range flags {
+		_ = cmd.RegisterFlagCompletionFunc(name, func(cmd *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
+			pods, err := c.agent().Pods(cmd.Context())
+			if err != nil {
+				return nil, cobra.ShellCompDirectiveNoFileComp
+			}
+			var out []string
+			for _, p := range pods {
+				if v := value(p); v != "" {
+					out = append(out, v)
+				}
+			}
+			slices.Sort(out)
+			return slices.Compact(out), cobra.ShellCompDirectiveNoFileComp
+		})
+	}
 }

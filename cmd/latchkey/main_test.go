@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"os"
@@ -15,8 +16,11 @@ import (
 	"testing"
 	"time"
 
+	"github.com/spf13/cobra"
+
 	"github.com/latchkey-dev/latchkey/pkg/adminapi"
 	"github.com/latchkey-dev/latchkey/pkg/commandline"
+	"github.com/latchkey-dev/latchkey/pkg/explain"
 )
 
 func clock() time.Time { return time.Date(2026, 11, 21, 12, 0, 0, 0, time.UTC) }
@@ -107,6 +111,90 @@ func TestPodsFilterAndSort(t *testing.T) {
 	}
 }
 
+// What was filtered out is there all the same, and what nobody knows is not made
+// up.
+func TestNothingIsSaidThatIsNotSo(t *testing.T) {
+	t.Parallel()
+	full := agent(t, map[string]any{
+		adminapi.PathPods:    adminapi.Pods{Pods: pods()},
+		adminapi.PathDenials: adminapi.Denials{Denials: []adminapi.Denial{{Seq: 1, Reason: "pod_mismatch", Finding: "pod"}}, Seq: 1},
+		adminapi.PathWhois:   adminapi.Whois{Query: "1", Pod: &adminapi.Pod{UID: "u", Namespace: "kube-system", Name: "dns", Credentials: "none"}},
+	})
+	empty := agent(t, map[string]any{adminapi.PathPods: adminapi.Pods{}, adminapi.PathDenials: adminapi.Denials{}})
+	for _, tt := range []struct {
+		socket, args, want string
+	}{
+		{full, "pods -n elsewhere", "No pod matches, of 3 on this node."},
+		{empty, "pods -n elsewhere", "No pods on this node.\n"},
+		{full, "denials --reason two_pods", "Nothing that matches was refused lately; there are 1 refusals of other kinds.\n"},
+		{empty, "denials", "Nothing was refused lately.\n"},
+		{full, "whois 1", "service account  -\n"},
+	} {
+		out, err := run(t, tt.socket, strings.Fields(tt.args)...)
+		if err != nil || !strings.Contains(out, tt.want) {
+			t.Errorf("%s: %v, %q, want %q", tt.args, err, out, tt.want)
+		}
+	}
+	_, err := run(t, full, "denials", "--reason", "stolen")
+	if exitCode(err) != exitUsage || !strings.Contains(err.Error(), "pod_mismatch") {
+		t.Errorf("a reason that there is not: %v", err)
+	}
+	c := &cli{out: io.Discard, now: clock, format: formatTable}
+	var out bytes.Buffer
+	c.out = &out
+	if err := c.printToken(tokenReport{Claims: &explain.Claims{Namespace: "web", ServiceAccount: "api"}}); err != nil || strings.Contains(out.String(), "  web") {
+		t.Errorf("a token without a pod: %v:\n%s", err, out.String())
+	}
+}
+
+// Completion offers what the node has, and files only where a file is wanted.
+func TestCompletion(t *testing.T) {
+	t.Parallel()
+	socket := agent(t, map[string]any{adminapi.PathPods: adminapi.Pods{Pods: pods()}})
+	for args, want := range map[string]string{
+		"explain ":                "a web/api",
+		"whois ":                  "a web/api",
+		"pods -n ":                "web\n:4",
+		"pods --role ":            "api-role path/cart-role",
+		"pods --service-account ": "api cart",
+		"pods --state ":           "none valid denied",
+		"pods ":                   ":4",
+		"denials --reason ":       "pod_mismatch two_pods",
+		"denials --pod ":          "a web/api",
+		"log-level cache ":        "debug info",
+		"token ":                  ":0",
+		"doctor -o ":              "json yaml wide",
+	} {
+		var out bytes.Buffer
+		root := newRoot(&out, clock)
+		root.SetArgs(append([]string{"__complete", "--admin-socket", socket}, strings.Split(args, " ")...))
+		root.SetErr(io.Discard)
+		if err := root.ExecuteContext(t.Context()); err != nil {
+			t.Errorf("%q: %v", args, err)
+		}
+		for w := range strings.SplitSeq(want, " ") {
+			if !strings.Contains("\n"+out.String(), "\n"+w+"\n") {
+				t.Errorf("%q: no %q in %q", args, w, out.String())
+			}
+		}
+	}
+}
+
+// Whoever reads a verb's help at night finds a line to copy.
+func TestEachVerbHasAnExample(t *testing.T) {
+	t.Parallel()
+	var walk func(*cobra.Command)
+	walk = func(cmd *cobra.Command) {
+		if cmd.HasParent() && !cmd.Hidden && cmd.Name() != "version" && !strings.Contains(cmd.Example, cmd.CommandPath()) {
+			t.Errorf("%s has no example", cmd.CommandPath())
+		}
+		for _, sub := range cmd.Commands() {
+			walk(sub)
+		}
+	}
+	walk(newRoot(io.Discard, clock))
+}
+
 // Every line of a table begins its columns at the same places.
 func TestTablesAreAligned(t *testing.T) {
 	t.Parallel()
@@ -117,6 +205,12 @@ func TestTablesAreAligned(t *testing.T) {
 	tab.add("y", "longer", "2")
 	if err := c.write(tab); err != nil || out.String() != "A    B       C\nlän  x       1\ny    longer  2\n" {
 		t.Errorf("%v:\n%s", err, out.String())
+	}
+	out.Reset()
+	below := &table{widths: tab.widths}
+	below.add("z", "y", "3")
+	if err := c.write(below); err != nil || out.String() != "z    y       3\n" {
+		t.Errorf("what goes on below is not in line: %v:\n%s", err, out.String())
 	}
 	out.Reset()
 	c.colour = true

@@ -94,8 +94,11 @@ func (c *cli) paint(text string, col colour) string {
 // table is columns of text. It measures once and writes once, since a node can
 // have thousands of rows.
 type table struct {
-	head   []string
-	rows   [][]string
+	head []string
+	rows [][]string
+	// widths are the columns' at least, and what they were once written: what
+	// goes on below stays in line.
+	widths []int
 	colour func(column int, text string) colour
 }
 
@@ -112,11 +115,13 @@ func (c *cli) write(t *table) error {
 		columns = max(columns, len(r))
 	}
 	widths := make([]int, columns)
+	copy(widths, t.widths)
 	for _, r := range append([][]string{t.head}, t.rows...) {
 		for i, cell := range r {
 			widths[i] = max(widths[i], utf8.RuneCountInString(cell))
 		}
 	}
+	t.widths = widths
 	w := bufio.NewWriterSize(c.out, 64<<10)
 	line := func(r []string, paint func(int, string) colour) {
 		for i, cell := range r {
@@ -163,6 +168,14 @@ func dash(s string) string {
 		return "-"
 	}
 	return s
+}
+
+// qualified is a name with its namespace, where there is one.
+func qualified(namespace, name string) string {
+	if name == "" {
+		return "-"
+	}
+	return namespace + "/" + name
 }
 
 // short is a duration as people say it.

@@ -59,7 +59,7 @@ func (c *cli) podsVerb() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return c.printPods(f.choose(pods))
+			return c.printPods(f, pods)
 		},
 	}
 	fl := cmd.Flags()
@@ -69,6 +69,9 @@ func (c *cli) podsVerb() *cobra.Command {
 	fl.StringVar(&f.state, "state", "", "only pods whose credentials are in this `state`: none, fetching, valid, failing or denied")
 	fl.StringVar(&f.sort, "sort", "namespace", "order by `column`: namespace, name, service-account, role, state, expires or asked")
 	watch.flags(cmd)
+	c.completeFlags(cmd, map[string]func(adminapi.Pod) string{
+		"namespace": podNamespace, "service-account": func(p adminapi.Pod) string { return p.ServiceAccount }, "role": func(p adminapi.Pod) string { return roleName(p.Role) },
+	})
 	_ = cmd.RegisterFlagCompletionFunc("state", cobra.FixedCompletions(podStates, cobra.ShellCompDirectiveNoFileComp))
 	_ = cmd.RegisterFlagCompletionFunc("sort", cobra.FixedCompletions(podSorts, cobra.ShellCompDirectiveNoFileComp))
 	return cmd
@@ -116,10 +119,19 @@ func (f podFilter) choose(pods []adminapi.Pod) []adminapi.Pod {
 	return pods
 }
 
-func (c *cli) printPods(pods []adminapi.Pod) error {
+func podNamespace(p adminapi.Pod) string { return p.Namespace }
+
+func (c *cli) printPods(f podFilter, all []adminapi.Pod) error {
+	there := len(all)
+	pods := f.choose(all)
 	return c.print(adminapi.Pods{Pods: pods}, func() error {
 		if len(pods) == 0 {
-			fmt.Fprintln(c.out, "No pods on this node.")
+			switch there {
+			case 0:
+				fmt.Fprintln(c.out, "No pods on this node.")
+			default:
+				fmt.Fprintf(c.out, "No pod matches, of %d on this node. Namespace and service account are known once a pod has\npresented a token; the namespace also from the container runtime.\n", there)
+			}
 			return nil
 		}
 		return c.write(c.podTable(pods, true))
@@ -173,16 +185,17 @@ func (c *cli) verdict(p adminapi.Pod) string {
 func (c *cli) watchPods(ctx context.Context, f podFilter, w watcher) error {
 	before := map[string]adminapi.Pod{}
 	first := true
+	var widths []int
 	return w.each(ctx, func() error {
 		pods, err := c.agent().Pods(ctx)
 		if err != nil {
 			return err
 		}
-		pods = f.choose(pods)
 		if terminal(c.out) && c.format != formatJSON && c.format != formatYAML {
 			fmt.Fprint(c.out, "\x1b[H\x1b[2J")
-			return c.printPods(pods)
+			return c.printPods(f, pods)
 		}
+		pods = f.choose(pods)
 		now := make(map[string]adminapi.Pod, len(pods))
 		var changed []adminapi.Pod
 		for _, p := range pods {
@@ -205,7 +218,11 @@ func (c *cli) watchPods(ctx context.Context, f podFilter, w watcher) error {
 		if len(changed) == 0 && !first {
 			return nil
 		}
-		return c.write(c.podTable(changed, first))
+		t := c.podTable(changed, first)
+		t.widths = widths
+		err = c.write(t)
+		widths = t.widths
+		return err
 	})
 }
 

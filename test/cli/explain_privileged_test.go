@@ -230,6 +230,9 @@ func brokenSetups() []broken {
 			t.Cleanup(app.Kill)
 			return string(p.UID)
 		}},
+		{name: "agent asked on another socket", flags: []string{"--admin-socket", "/run/elsewhere/admin.sock"}, code: explain.AgentSilent, text: "runs, and does not answer on its admin socket", make: func(t *testing.T, w *world) string {
+			return w.add(t).uid()
+		}},
 		{name: "no agent", own: &rig.Config{}, code: explain.NoAgent, text: "no latchkey-agent runs", make: func(t *testing.T, w *world) string {
 			return w.add(t).uid()
 		}},

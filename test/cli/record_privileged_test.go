@@ -61,6 +61,7 @@ func TestPrivilegedRecordedRuns(t *testing.T) {
 		"`latchkey` tells whoever is on call which pod of this node maps to which role, and why, or why not. What follows is real output,\n" +
 		"recorded by a test on a node with a real agent, real cgroups and namespaces, and a stand-in for EKS Auth; only directories are\n" +
 		"named as they are on a node. The reference of commands and flags is in [cli/](cli/latchkey.md), with man pages in `docs/cli/man`;\n" +
+		"[json.md](cli/json.md) lists what scripts find in `-o json`;\n" +
 		"[causes](cli-causes.md) lists what `explain` said of set-ups that were broken for real. `latchkey completion bash|zsh|fish` completes\n" +
 		"verbs, flags, pods and components. [cli-cluster.md](cli-cluster.md) is the same on a cluster, by `kubectl exec` and on the node.\n")
 	root := strings.TrimPrefix(b.Node.CgroupRoot(), b.Node.Cgroup2Mount())
