@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -80,5 +82,43 @@ func TestCleanupOfNothing(t *testing.T) {
 	removed, err := Cleanup(t.TempDir() + "/none")
 	if err != nil || len(removed) != 0 {
 		t.Fatalf("got %v, %v", removed, err)
+	}
+}
+
+type pinner func(path string) error
+
+func (p pinner) Pin(path string) error { return p(path) }
+
+// An agent that is killed while it replaces a pin leaves the one or the other.
+func TestPinOverLeavesNoGap(t *testing.T) {
+	dir := t.TempDir()
+	pin := filepath.Join(dir, "link_connect4")
+	for _, content := range []string{"first", "second"} {
+		before, _ := os.ReadFile(pin)
+		// As a killed one leaves it.
+		if err := os.WriteFile(filepath.Join(dir, freshPin+"link_connect4"), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		err := pinOver(pinner(func(path string) error {
+			if now, _ := os.ReadFile(pin); string(now) != string(before) {
+				t.Errorf("while the next is made, the pin is %q, want %q", now, before)
+			}
+			// As bpf(2) does, whatever is there already is an error.
+			f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+			if err != nil {
+				return err
+			}
+			_, err = f.WriteString(content)
+			return errors.Join(err, f.Close())
+		}), pin)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if now, err := os.ReadFile(pin); string(now) != content {
+			t.Errorf("pinned %q, %v; want %q", now, err, content)
+		}
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) != 1 {
+		t.Errorf("%v, %v; want the pin alone", left, err)
 	}
 }

@@ -46,12 +46,21 @@ func makePinDirectory(dir string) error {
 	return nil
 }
 
-// pinOver pins an object in place of whatever has that name.
+// freshPin begins the name of a pin that is about to take another's place.
+const freshPin = "new_"
+
+// pinOver pins an object in place of whatever has that name. There is no moment
+// without a pin: an agent that is killed in it would take its program with it.
 func pinOver(o interface{ Pin(string) error }, path string) error {
-	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+	fresh := filepath.Join(filepath.Dir(path), freshPin+filepath.Base(path))
+	// One that was killed may have left it.
+	if err := os.Remove(fresh); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
-	return o.Pin(path)
+	if err := o.Pin(fresh); err != nil {
+		return err
+	}
+	return os.Rename(fresh, path)
 }
 
 // pinnedLinks lists a hook's pins, this layout's first.
@@ -103,7 +112,7 @@ func removeDirectory(dir string) ([]string, error) {
 	var removed []string
 	var errs []error
 	// Links first: a program must not run with its maps half gone.
-	for _, prefix := range []string{"link_", "prog_", "map_"} {
+	for _, prefix := range []string{"link_", "prog_", "map_", freshPin} {
 		for _, e := range entries {
 			if !strings.HasPrefix(e.Name(), prefix) {
 				continue

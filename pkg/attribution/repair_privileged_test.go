@@ -5,6 +5,7 @@
 package attribution
 
 import (
+	"os"
 	"path/filepath"
 	"slices"
 	"testing"
@@ -82,6 +83,28 @@ func TestPrivilegedRepairAttachesAgain(t *testing.T) {
 	must(t, b.a.Close())
 	unchanged("closed")
 	b.open()
+}
+
+// What an agent that was killed over it left half pinned is in nobody's way, and
+// goes with the rest.
+func TestPrivilegedRepairHalfDone(t *testing.T) {
+	b := ready(t)
+	pin := filepath.Join(b.cfg.PinPath, Layout, "link_connect4")
+	left := filepath.Join(b.cfg.PinPath, Layout, freshPin+"link_connect4")
+	b.detach("connect4")
+	must(t, os.Rename(pin, left))
+	if hooks, err := b.a.Repair(); err != nil || !slices.Equal(hooks, []string{"connect4"}) {
+		t.Errorf("repaired %v, %v", hooks, err)
+	}
+	if _, err := os.Lstat(pin); err != nil {
+		t.Error(err)
+	}
+	must(t, os.Rename(pin, left))
+	must(t, b.a.Close())
+	b.a = nil
+	if _, err := Cleanup(b.cfg.PinPath); err != nil {
+		t.Error(err)
+	}
 }
 
 // Another program in the link is replaced.
