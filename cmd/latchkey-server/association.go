@@ -25,14 +25,19 @@ type associationFlags struct {
 }
 
 // selectorFlags name one association, or filter a list.
-func (o *associationFlags) selectorFlags(cmd *cobra.Command, withID bool) {
+func (c *cli) selectorFlags(o *associationFlags, cmd *cobra.Command, withID bool) {
+	c.clusterFlag(o, cmd)
 	f := cmd.Flags()
-	f.StringVarP(&o.sel.Cluster, "cluster", "c", "", "`name` of the cluster (required)")
 	f.StringVarP(&o.sel.Namespace, "namespace", "n", "", "`namespace` of the service account")
 	f.StringVarP(&o.sel.ServiceAccount, "service-account", "s", "", "`name` of the service account")
 	if withID {
 		f.StringVar(&o.sel.ID, "id", "", "association `ID`, instead of namespace and service account")
 	}
+}
+
+func (c *cli) clusterFlag(o *associationFlags, cmd *cobra.Command) {
+	cmd.Flags().StringVarP(&o.sel.Cluster, "cluster", "c", "", "`name` of the cluster (required)")
+	_ = cmd.RegisterFlagCompletionFunc("cluster", c.clusterNames)
 }
 
 func (o *associationFlags) needCluster() error {
@@ -105,7 +110,7 @@ func (c *cli) associationCreate() *cobra.Command {
 			return c.print(done, func(w io.Writer) { printAssociation(w, done) })
 		},
 	}
-	o.selectorFlags(cmd, false)
+	c.selectorFlags(&o, cmd, false)
 	o.roleFlags(cmd)
 	c.outputFlag(cmd)
 	return cmd
@@ -137,7 +142,7 @@ func (c *cli) associationList() *cobra.Command {
 			})
 		},
 	}
-	o.selectorFlags(cmd, false)
+	c.selectorFlags(&o, cmd, false)
 	c.outputFlag(cmd)
 	return cmd
 }
@@ -157,7 +162,7 @@ func (c *cli) associationDescribe() *cobra.Command {
 			return c.print(a, func(w io.Writer) { printAssociation(w, a) })
 		},
 	}
-	o.selectorFlags(cmd, true)
+	c.selectorFlags(&o, cmd, true)
 	c.outputFlag(cmd)
 	return cmd
 }
@@ -212,7 +217,7 @@ func (c *cli) associationUpdate() *cobra.Command {
 			return c.print(a, func(w io.Writer) { printAssociation(w, a) })
 		},
 	}
-	o.selectorFlags(cmd, true)
+	c.selectorFlags(&o, cmd, true)
 	o.roleFlags(cmd)
 	c.outputFlag(cmd)
 	return cmd
@@ -234,7 +239,7 @@ func (c *cli) associationDelete() *cobra.Command {
 			return nil
 		},
 	}
-	o.selectorFlags(cmd, true)
+	c.selectorFlags(&o, cmd, true)
 	return cmd
 }
 
@@ -254,7 +259,7 @@ func (c *cli) associationExport() *cobra.Command {
 			return c.printYAML(f)
 		},
 	}
-	cmd.Flags().StringVarP(&o.sel.Cluster, "cluster", "c", "", "`name` of the cluster (required)")
+	c.clusterFlag(&o, cmd)
 	return cmd
 }
 

@@ -74,6 +74,7 @@ func newCluster(c *cli) *cobra.Command {
 	}
 	remove.Flags().BoolVar(&force, "force", false, "remove its associations, too")
 	c.outputFlag(list, describe)
+	remove.ValidArgsFunction, describe.ValidArgsFunction = onlyFirst(c.clusterNames), onlyFirst(c.clusterNames)
 	return group("cluster", "Clusters whose pods get credentials", newClusterAdd(c), remove, list, describe)
 }
 
@@ -153,6 +154,9 @@ func newClusterAdd(c *cli) *cobra.Command {
 			if len(given) == 1 {
 				o.spec.Name = given[0]
 			}
+			if err := o.check(cmd); err != nil {
+				return err
+			}
 			return c.addCluster(cmd, o)
 		},
 	}
@@ -175,7 +179,31 @@ func newClusterAdd(c *cli) *cobra.Command {
 	f.StringArrayVar(&o.spec.AgentServiceAccounts, "agent", nil, "`NAMESPACE/NAME` of a service account whose tokens prove a node; may be repeated")
 	f.StringArrayVar(&o.tags, "tag", nil, "`KEY=VALUE`; may be repeated")
 	f.BoolVar(&o.replace, "replace", false, "change the settings of a cluster that is there")
+	_ = cmd.RegisterFlagCompletionFunc("token-review-outage", cobra.FixedCompletions([]string{association.OnOutageRefuse, association.OnOutageKeys}, cobra.ShellCompDirectiveNoFileComp))
 	return cmd
+}
+
+// check refuses flags that would not be looked at: one of them may have been
+// meant as a limit.
+func (o *clusterFlags) check(cmd *cobra.Command) error {
+	fl := cmd.Flags()
+	for _, f := range []struct{ flag, needs string }{
+		{"context", "keys-from-kubeconfig"}, {"token-review-context", "token-review"}, {"token-review-outage", "token-review"},
+	} {
+		if o.file == "" && fl.Changed(f.flag) && !fl.Changed(f.needs) {
+			return usage("--%s says nothing without --%s", f.flag, f.needs)
+		}
+	}
+	if o.file == "" {
+		return nil
+	}
+	for _, flag := range []string{"region", "account", "arn", "issuer", "keys", "keys-from-kubeconfig", "context", "allow-role", "allow-account",
+		"token-review", "token-review-context", "token-review-outage", "agent", "tag"} {
+		if fl.Changed(flag) {
+			return usage("--%s and --file: write it into the file", flag)
+		}
+	}
+	return nil
 }
 
 func (c *cli) addCluster(cmd *cobra.Command, o clusterFlags) error {

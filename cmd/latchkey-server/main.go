@@ -98,6 +98,7 @@ func newRoot(in io.Reader, out, errOut io.Writer) *cobra.Command {
 	f.StringVar(&c.socket, "admin-socket", "", "`path` of the socket that the CLI asks (default admin.sock in --state-dir)")
 	f.StringVar(&c.users, "users", "", "users `file` (default users.yaml in --state-dir)")
 	f.StringVarP(&c.level, "verbosity", "v", "info", "log `level`: error, warn, info or debug")
+	_ = root.RegisterFlagCompletionFunc("verbosity", cobra.FixedCompletions([]string{"error", "warn", "info", "debug"}, cobra.ShellCompDirectiveNoFileComp))
 	root.AddCommand(newServe(c), newCluster(c), newAssociation(c), newUser(c), newSnapshot(c), newNodeKeys(c), newDoctor(c), newStatus(c))
 	return root
 }
@@ -194,6 +195,42 @@ func dash(s string) string {
 		return "-"
 	}
 	return s
+}
+
+// clusterNames completes the name of a cluster, if a server can be asked.
+func (c *cli) clusterNames(cmd *cobra.Command, _ []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
+	all, err := c.client().Clusters(cmd.Context())
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	var names []cobra.Completion
+	for _, s := range all {
+		names = append(names, cobra.CompletionWithDesc(s.Name, s.ARN))
+	}
+	return names, cobra.ShellCompDirectiveNoFileComp
+}
+
+// userNames completes the name of a user.
+func (c *cli) userNames(*cobra.Command, []string, string) ([]cobra.Completion, cobra.ShellCompDirective) {
+	users, err := permission.List(c.usersFile())
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	var names []cobra.Completion
+	for _, u := range users {
+		names = append(names, u.Name)
+	}
+	return names, cobra.ShellCompDirectiveNoFileComp
+}
+
+// onlyFirst completes one argument.
+func onlyFirst(first cobra.CompletionFunc) cobra.CompletionFunc {
+	return func(cmd *cobra.Command, given []string, prefix string) ([]cobra.Completion, cobra.ShellCompDirective) {
+		if len(given) > 0 {
+			return nil, cobra.ShellCompDirectiveNoFileComp
+		}
+		return first(cmd, given, prefix)
+	}
 }
 
 // pairs reads KEY=VALUE.

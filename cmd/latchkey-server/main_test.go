@@ -7,12 +7,14 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/spf13/cobra"
 
 	"github.com/latchkey-dev/latchkey/pkg/commandline"
+	"github.com/latchkey-dev/latchkey/pkg/permission"
 	"github.com/latchkey-dev/latchkey/pkg/server"
 )
 
@@ -75,6 +77,8 @@ func TestUsage(t *testing.T) {
 	dir := t.TempDir()
 	for _, line := range []string{
 		"frobnicate", "serve extra", "cluster add", "cluster add a b", "cluster add a", "cluster add a --keys x --keys-from-kubeconfig y",
+		"cluster add a --keys x --context y",
+		"cluster add a --keys x --token-review-outage keys", "cluster add a --keys x --token-review-context y", "cluster add --file f --allow-role r", "cluster add --file f --tag a=b",
 		"cluster list -o xml", "association create -c a", "association describe -c a", "association describe -c a -n b", "association describe -c a -n b -s c --id d",
 		"association update -c a --id b", "association list", "user add", "user add a --node b", "user add a --node b/c --cluster d", "status --verbose", "-v loud serve",
 	} {
@@ -85,6 +89,54 @@ func TestUsage(t *testing.T) {
 		var usage commandline.UsageError
 		if !errors.As(err, &usage) || exitCode(err) != exitUsage {
 			t.Errorf("%s: %v", line, err)
+		}
+	}
+}
+
+// A limited user gets the roles that it is given, and no others.
+func TestUserAdd(t *testing.T) {
+	dir := t.TempDir()
+	for line, want := range map[string][]string{
+		"admin":                                       {"*"},
+		"reader --action eks:List*":                   nil,
+		"web --cluster prod --namespace web":          nil,
+		"api --namespace web --pass-role a:b:c:d:e:f": {"a:b:c:d:e:f"},
+		"any --namespace web --pass-role *":           {"*"},
+	} {
+		root := newRoot(strings.NewReader(""), &bytes.Buffer{}, &bytes.Buffer{})
+		root.SetArgs(append(append([]string{"user", "add"}, strings.Fields(line)...), "--state-dir", dir))
+		if err := root.Execute(); err != nil {
+			t.Fatal(err)
+		}
+		users, err := permission.List(filepath.Join(dir, "users.yaml"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		u := users[len(users)-1]
+		if got := u.Permissions[0].PassRoles; !slices.Equal(got, want) {
+			t.Errorf("%s: roles %q, want %q", line, got, want)
+		}
+	}
+}
+
+func TestCompletion(t *testing.T) {
+	dir := t.TempDir()
+	if err := permission.Add(filepath.Join(dir, "users.yaml"), permission.User{Name: "web-team", Keys: []permission.AccessKey{permission.NewAccessKey()}}); err != nil {
+		t.Fatal(err)
+	}
+	for line, want := range map[string]string{
+		"user remove": "web-team", "user rotate-key": "web-team", "user remove web-team": "", "status -v": "debug", "status -o": "yaml",
+		"cluster add a --token-review-outage": "keys", "serve --node-binding": "prefer",
+		"cluster remove": "", // nobody to ask
+	} {
+		var out bytes.Buffer
+		root := newRoot(strings.NewReader(""), &out, &out)
+		root.SetArgs(append(append([]string{"__complete", "--state-dir", dir}, strings.Fields(line)...), ""))
+		if err := root.Execute(); err != nil {
+			t.Fatal(err)
+		}
+		if got := out.String(); !strings.Contains(got, want) || want == "" && !strings.HasPrefix(got, ":4") {
+			t.Errorf("%s: %q, want %q", line, got, want)
 		}
 	}
 }

@@ -70,6 +70,7 @@ func newUser(c *cli) *cobra.Command {
 			return nil
 		},
 	}
+	remove.ValidArgsFunction = onlyFirst(c.userNames)
 	return group("user", "Who may call the APIs, in the users file", newUserAdd(c), newUserRotate(c), remove, list)
 }
 
@@ -83,6 +84,11 @@ func may(v userView) string {
 	}
 	p := v.Permissions[0]
 	text := strings.Join(p.Actions, ",") + " in " + strings.Join(p.Clusters, ",") + "/" + strings.Join(p.Namespaces, ",")
+	if len(p.PassRoles) > 0 {
+		text += ", roles " + strings.Join(p.PassRoles, ",")
+	} else {
+		text += ", no roles"
+	}
 	if n := len(v.Permissions); n > 1 {
 		text += fmt.Sprintf(" and %d more", n-1)
 	}
@@ -99,7 +105,8 @@ func newUserAdd(c *cli) *cobra.Command {
 		Use:   "add NAME",
 		Short: "Add a user and print its secret key, once",
 		Long: "add gives a user one permission, made of the flags, or those of a file (--permissions). Without any\n" +
-			"flag it may do everything in every cluster. --node makes the keys those of one node's agent.\n" +
+			"flag it may do everything in every cluster, and give every role; with some, it may give associations\n" +
+			"the roles of --pass-role and no others. --node makes the keys those of one node's agent.\n" +
 			"A running server reads the file at once.",
 		Example: "  latchkey-server user add admin\n" +
 			"  latchkey-server user add web-team --cluster prod --namespace web --pass-role 'arn:aws:iam::111122223333:role/web/*'\n" +
@@ -130,6 +137,11 @@ func newUserAdd(c *cli) *cobra.Command {
 					return usage("--permissions %s: a list of permissions, as in the users file", file)
 				}
 			default:
+				// Whoever limits a user to a namespace has not said that its pods may
+				// have every role.
+				if !single {
+					p.PassRoles = []string{"*"}
+				}
 				u.Permissions = []permission.Permission{p}
 			}
 			// The first user may come before the first start.
@@ -148,9 +160,10 @@ func newUserAdd(c *cli) *cobra.Command {
 	f.StringArrayVar(&p.Actions, "action", []string{"*"}, "action `name` or pattern, such as eks:*; may be repeated")
 	f.StringArrayVar(&p.Clusters, "cluster", []string{"*"}, "cluster `name` or pattern; may be repeated")
 	f.StringArrayVar(&p.Namespaces, "namespace", []string{"*"}, "`namespace` or pattern; may be repeated")
-	f.StringArrayVar(&p.PassRoles, "pass-role", []string{"*"}, "`ARN` or pattern of roles that associations may be given; may be repeated")
+	f.StringArrayVar(&p.PassRoles, "pass-role", nil, "`ARN` or pattern of roles that associations may be given, * for every one; may be repeated\n(default none if another flag limits the user, else every one)")
 	f.StringVar(&file, "permissions", "", "YAML `file` with a list of permissions; - for standard input")
 	f.StringVar(&node, "node", "", "`CLUSTER/NODE` whose agent gets these keys: they redeem tokens of pods there and nothing else")
+	_ = cmd.RegisterFlagCompletionFunc("cluster", c.clusterNames)
 	return cmd
 }
 
@@ -217,6 +230,7 @@ func newUserRotate(c *cli) *cobra.Command {
 		},
 	}
 	cmd.Flags().BoolVar(&finish, "finish", false, "remove all keys but the newest")
+	cmd.ValidArgsFunction = onlyFirst(c.userNames)
 	return cmd
 }
 

@@ -17,6 +17,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -329,6 +330,9 @@ clusters:
 	}
 	if r := s.try(described, "cluster", "add", "--replace", "--file", "-"); r.code != 0 {
 		t.Errorf("what describe writes cannot be added: %s", r.stderr)
+	}
+	if got, err := exec.CommandContext(s.ctx, program, "__complete", "--state-dir", s.dir, "association", "list", "-c", "").Output(); err != nil || !strings.HasPrefix(string(got), cluster+"\t") {
+		t.Errorf("completion does not know the cluster: %q, %v", got, err)
 	}
 	if r := s.try("", "cluster", "remove", cluster); r.code == 0 || !strings.Contains(r.stderr, "conflict") {
 		t.Errorf("a cluster with associations was removed: %+v", r)
