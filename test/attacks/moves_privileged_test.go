@@ -12,7 +12,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -103,10 +102,23 @@ func (a *attack) overEndedPods() (before, after catch) {
 	defer file.Close()
 	before = thief.askOver(file, a.victim.Token)
 	// The connection lives on, as its network namespace does.
-	must(a, a.victim.DeleteKeepingNetns(a.Context()))
-	// The end is known within 100 ms of the cgroup's.
-	time.Sleep(300 * time.Millisecond)
+	a.endVictim()
 	return before, thief.askOver(file, a.victim.Token)
+}
+
+// endVictim ends the victim's pod, and returns when the agent knows.
+func (a *attack) endVictim() {
+	a.Helper()
+	must(a, a.victim.DeleteKeepingNetns(a.Context()))
+	a.eventually(func() error {
+		pods, err := a.Admin().Pods(a.Context())
+		for _, p := range pods {
+			if p.UID == string(a.victim.UID) {
+				err = errors.New("the agent lists a pod that has ended")
+			}
+		}
+		return err
+	})
 }
 
 // fromVictimsCgroup: a process of the thief that moves itself into the victim's

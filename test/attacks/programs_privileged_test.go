@@ -51,7 +51,8 @@ type envelope struct {
 }
 
 // program makes an action of a function. The function runs on a thread of its
-// own that has no more than the envelope's capabilities.
+// own that has no more than the envelope's capabilities, and whose system calls
+// no signal interrupts.
 func program[A any](f func(s *testnode.Session, args A) (any, error)) testnode.Action {
 	return func(s *testnode.Session, raw json.RawMessage) (any, error) {
 		var e envelope
@@ -69,6 +70,9 @@ func program[A any](f func(s *testnode.Session, args A) (any, error)) testnode.A
 			defer close(done)
 			// Never unlocked: the thread ends with the goroutine.
 			runtime.LockOSThread()
+			if err = undisturbed(); err != nil {
+				return
+			}
 			if err = confine(e.Caps); err == nil {
 				result, err = f(s, args)
 			}
@@ -76,6 +80,17 @@ func program[A any](f func(s *testnode.Session, args A) (any, error)) testnode.A
 		<-done
 		return result, err
 	}
+}
+
+// undisturbed keeps the signal from the calling thread with which the runtime
+// preempts a goroutine that has run for 10 ms, as on a slow machine most do. It
+// would end a connect, a poll or a sendto that waits.
+func undisturbed() error {
+	var set unix.Sigset_t
+	for _, s := range []syscall.Signal{unix.SIGURG, unix.SIGCHLD} {
+		set.Val[0] |= 1 << (s - 1)
+	}
+	return os.NewSyscallError("sigprocmask", unix.PthreadSigmask(unix.SIG_BLOCK, &set, nil))
 }
 
 // confine takes from the calling thread, if it is root's, all capabilities but
@@ -152,7 +167,7 @@ type askOptions struct {
 	FastOpen string
 	// Again: connect, disconnect, and connect once more.
 	Again bool
-	// Patience bounds connecting; 0: 5 s.
+	// Patience bounds connecting; 0: as long as anything that must come.
 	Patience time.Duration
 }
 
@@ -195,7 +210,7 @@ func (f fdIO) Read(p []byte) (int, error) {
 		if errors.Is(err, unix.EAGAIN) {
 			// Another process that holds the socket may have made it non-blocking.
 			poll := []unix.PollFd{{Fd: int32(f), Events: unix.POLLIN}}
-			if ready, _ := unix.Poll(poll, 5000); ready > 0 {
+			if ready, _ := unix.Poll(poll, int(patience.Milliseconds())); ready > 0 {
 				continue
 			}
 			return 0, unix.ETIMEDOUT
@@ -216,8 +231,8 @@ func (f fdIO) Write(p []byte) (int, error) {
 	}
 }
 
-// connect goes on when a signal of the Go runtime interrupts it. The second call
-// waits for the first one's handshake.
+// connect goes on when a signal interrupts it. The second call waits for the
+// first one's handshake.
 func connect(fd int, to unix.Sockaddr) error {
 	for {
 		if err := unix.Connect(fd, to); !errors.Is(err, unix.EINTR) {
@@ -261,7 +276,7 @@ func openSocket(o askOptions) (int, error) {
 	}
 	err = func() error {
 		if o.Patience == 0 {
-			o.Patience = 5 * time.Second
+			o.Patience = patience
 		}
 		if err := timeouts(fd, o.Patience); err != nil {
 			return err
@@ -366,9 +381,13 @@ func localPort(fd int) uint16 {
 	return 0
 }
 
+// handshakePatience is how long a handshake may take that was begun in vain: its
+// SYN comes again after 1, 3, 7, 15, 31 and 63 s.
+const handshakePatience = 70 * time.Second
+
 // begin opens a handshake and does not wait for it. It gives the local port.
 func begin(s *testnode.Session, o askOptions) (any, error) {
-	o.Patience = time.Minute
+	o.Patience = handshakePatience
 	fd, err := openSocket(o)
 	if err != nil {
 		return nil, err
@@ -392,7 +411,7 @@ func finish(s *testnode.Session, o askOptions) (any, error) {
 	defer unix.Close(fd)
 	poll := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}
 	for {
-		n, err := unix.Poll(poll, 15000)
+		n, err := unix.Poll(poll, int(handshakePatience.Milliseconds()))
 		if errors.Is(err, unix.EINTR) {
 			continue
 		}
@@ -411,7 +430,7 @@ func finish(s *testnode.Session, o askOptions) (any, error) {
 }
 
 func askOver(fd int, token string) (any, error) {
-	if err := timeouts(fd, 5*time.Second); err != nil {
+	if err := timeouts(fd, patience); err != nil {
 		return nil, err
 	}
 	if _, err := fdIO(fd).Write(request(agent4, token)); err != nil {
@@ -695,7 +714,7 @@ func ownListener(_ *testnode.Session, token string) (any, error) {
 		return nil, err
 	}
 	defer l.Close()
-	c, err := net.DialTimeout("tcp4", agent4.String(), 5*time.Second)
+	c, err := net.DialTimeout("tcp4", agent4.String(), patience)
 	if err != nil {
 		return nil, err
 	}
@@ -708,7 +727,7 @@ func ownListener(_ *testnode.Session, token string) (any, error) {
 	if _, err := c.Write(request(agent4, token)); err != nil {
 		return nil, err
 	}
-	served.SetReadDeadline(time.Now().Add(5 * time.Second))
+	served.SetReadDeadline(time.Now().Add(patience))
 	req, err := http.ReadRequest(bufio.NewReader(served))
 	if err != nil {
 		return nil, err

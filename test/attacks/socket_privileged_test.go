@@ -40,10 +40,11 @@ func TestAttackPassedSocket(t *testing.T) {
 // purpose: it could hand over the credentials as well.
 func TestAttackDelegatedConnection(t *testing.T) {
 	both(t, OutOfScope, func(a *attack) {
-		file, err := a.victims().dial().(*net.TCPConn).File()
+		victim, thief := a.victims(), a.thiefs()
+		file, err := victim.dial().(*net.TCPConn).File()
 		must(t, err)
 		defer file.Close()
-		a.robbed(a.thiefs().askOver(file, a.victim.Token))
+		a.robbed(thief.askOver(file, a.victim.Token))
 		a.served(a.victim)
 	})
 }

@@ -117,7 +117,7 @@ func (u *uring) connect(fd int, sqpoll bool) error {
 	if _, _, errno := unix.Syscall6(unix.SYS_IO_URING_ENTER, uintptr(u.fd), submit, 0, flags, 0, 0); errno != 0 {
 		return os.NewSyscallError("io_uring_enter", errno)
 	}
-	for deadline := time.Now().Add(5 * time.Second); atomic.LoadUint32(word(u.cq, u.param(80+4))) == 0; {
+	for deadline := time.Now().Add(patience); atomic.LoadUint32(word(u.cq, u.param(80+4))) == 0; {
 		if time.Now().After(deadline) {
 			return fmt.Errorf("the ring completes nothing: %w", unix.ETIMEDOUT)
 		}

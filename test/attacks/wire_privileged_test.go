@@ -113,7 +113,7 @@ func (w *wire) announce(to hardware, address netip.Addr, at hardware) error {
 
 // resolve asks for an address's MAC, in the name of another address.
 func (w *wire) resolve(address, own netip.Addr) (hardware, error) {
-	for range 5 {
+	for giveUp := time.Now().Add(patience); time.Now().Before(giveUp); {
 		if err := w.arp(broadcast, 1, w.mac, own, hardware{}, address); err != nil {
 			return hardware{}, err
 		}
@@ -318,7 +318,7 @@ func (w *wire) handMade(o handMadeArgs) (catch, error) {
 	}
 	nonce := nonceOption(o.Nonce)
 	established := false
-	for try := 0; try < 8 && !established; try++ {
+	for giveUp := time.Now().Add(patience); !established && time.Now().Before(giveUp); {
 		if err := poison(); err != nil {
 			return catch{}, err
 		}
@@ -355,7 +355,7 @@ func (w *wire) handMade(o handMadeArgs) (catch, error) {
 		req, seq = req[n:], seq+uint32(n)
 	}
 	var got bytes.Buffer
-	for deadline := time.Now().Add(5 * time.Second); ; {
+	for deadline := time.Now().Add(patience); ; {
 		s, err := next(deadline)
 		if err != nil {
 			return catch{}, err
@@ -419,7 +419,7 @@ type handshakeSeen struct {
 // seeHandshake waits for a SYN to the agent from an address, the answers of
 // which the kernel has no part in.
 func (w *wire) seeHandshake(from netip.Addr) (handshakeSeen, error) {
-	deadline := time.Now().Add(5 * time.Second)
+	deadline := time.Now().Add(patience)
 	for {
 		et, p, err := w.recv(deadline)
 		if err != nil {
@@ -551,7 +551,7 @@ func useUp(_ *testnode.Session, seen handshakeSeen) (any, error) {
 	if _, err := w.handMade(handMadeArgs{Src: seen.Src, Nonce: seen.Nonce, Loopback: true, HandshakeOnly: true}); err != nil {
 		return nil, fmt.Errorf("handshake over lo: %w", err)
 	}
-	if err := l.(*net.TCPListener).SetDeadline(time.Now().Add(5 * time.Second)); err != nil {
+	if err := l.(*net.TCPListener).SetDeadline(time.Now().Add(patience)); err != nil {
 		return nil, err
 	}
 	c, err := l.Accept()
