@@ -27,6 +27,10 @@ const (
 	kindPod        = "pod"
 )
 
+// maxPID is the kernel's PID_MAX_LIMIT: a number beyond it is the beginning of a
+// container's id, which can be digits alone.
+const maxPID = 1 << 22
+
 const queryForms = "a pid, ip:port, cgroup path, cgroup:ID, container id, pod UID or NAMESPACE/POD"
 
 // subject is what a query was found to name.
@@ -78,10 +82,10 @@ func (a *Agent) resolve(query string) (*subject, error) {
 		s.step("cgroup", s.cgroup, "kernel, open_by_handle_at")
 	case endErr == nil:
 		err = a.resolveConnection(s, end)
-	case pidErr == nil:
+	case pidErr == nil && pid <= maxPID:
 		s.kind, s.pid = kindProcess, pid
 		if pid <= 0 {
-			return nil, fmt.Errorf("%w: pid %d", adminapi.ErrInvalid, pid)
+			return nil, fmt.Errorf("%w: pid %d: a process id is 1 or more", adminapi.ErrInvalid, pid)
 		}
 		if s.cgroup, err = a.node.mount.ProcessPath("", pid); err != nil {
 			return nil, fmt.Errorf("%w: process %d: %w", adminapi.ErrNotFound, pid, err)

@@ -349,6 +349,15 @@ func TestPrivilegedExplainOfAPodThatIsServed(t *testing.T) {
 			}
 		})
 	}
+	// The beginning of a container's id may look like a number.
+	digits := strings.Repeat("12345678", 8)
+	dir := filepath.Join(w.Node.Cgroup2Mount(), p.CgroupPath(), digits)
+	must(t, os.Mkdir(dir, 0o755))
+	r := w.latchkey(t, "whois", digits[:13])
+	must(t, os.Remove(dir))
+	if r.code != 0 || !strings.Contains(r.stdout, digits) || !strings.Contains(r.stdout, p.uid()) {
+		t.Errorf("whois of a container id of digits: exit status %d:\n%s%s", r.code, r.stdout, r.stderr)
+	}
 	// One that never asked is not said to be broken.
 	q := w.add(t)
 	if r := w.latchkey(t, "explain", q.uid()); r.code != 0 || !strings.HasPrefix(r.lastLine(), "cause: never_asked: ") {

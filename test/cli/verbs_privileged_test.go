@@ -455,7 +455,7 @@ func TestPrivilegedBadInputSaysWhatWasExpected(t *testing.T) {
 		{[]string{"explain"}, "takes one QUERY: a pid, ip:port"},
 		{[]string{"explain", ""}, "takes one QUERY"},
 		{[]string{"explain", "a", "b"}, "takes one QUERY"},
-		{[]string{"explain", "0"}, "pid 0"},
+		{[]string{"explain", "0"}, "a process id is 1 or more"},
 		{[]string{"explain", "cgroup:x"}, "a cgroup id is a decimal number"},
 		{[]string{"explain", "x", "-o", "html"}, "use table, wide, json or yaml"},
 		{[]string{"whois"}, "takes one QUERY"},
