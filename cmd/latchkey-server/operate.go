@@ -191,6 +191,7 @@ func newStatus(c *cli) *cobra.Command {
 				fmt.Fprintf(w, "listens on\t%s, %s\n", s.Listen, tls)
 				fmt.Fprintf(w, "STS\t%s\n", s.STS)
 				fmt.Fprintf(w, "node binding\t%s\n", s.NodeBinding)
+				fmt.Fprintf(w, "users file\t%s\n", s.UsersFile)
 				fmt.Fprintf(w, "clusters, associations, users\t%d, %d, %d\n", s.Clusters, s.Associations, s.Users)
 				fmt.Fprintf(w, "store revision\t%d, index %.1f s behind\n", s.Revision, s.Behind)
 			})

@@ -31,7 +31,10 @@ type userView struct {
 func newUser(c *cli) *cobra.Command {
 	list := &cobra.Command{
 		Use: "list", Short: "List the users and their access key ids", Args: commandline.NoArgs,
-		RunE: func(*cobra.Command, []string) error {
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := c.rightFile(cmd); err != nil {
+				return err
+			}
 			users, err := permission.List(c.usersFile())
 			if err != nil {
 				return err
@@ -62,6 +65,9 @@ func newUser(c *cli) *cobra.Command {
 	remove := &cobra.Command{
 		Use: "remove NAME", Short: "Remove a user; its keys end at once", Args: args("NAME"),
 		RunE: func(cmd *cobra.Command, given []string) error {
+			if err := c.rightFile(cmd); err != nil {
+				return err
+			}
 			if err := permission.Remove(c.usersFile(), given[0]); err != nil {
 				return err
 			}
@@ -144,6 +150,9 @@ func newUserAdd(c *cli) *cobra.Command {
 				}
 				u.Permissions = []permission.Permission{p}
 			}
+			if err := c.rightFile(cmd); err != nil {
+				return err
+			}
 			// The first user may come before the first start.
 			if err := os.MkdirAll(filepath.Dir(c.usersFile()), 0o700); err != nil {
 				return err
@@ -197,6 +206,9 @@ func newUserRotate(c *cli) *cobra.Command {
 			"new one and rotate-key --finish takes all but the newest away.",
 		Args: args("NAME"),
 		RunE: func(cmd *cobra.Command, given []string) error {
+			if err := c.rightFile(cmd); err != nil {
+				return err
+			}
 			file := c.usersFile()
 			defer c.reload(cmd)
 			if !finish {
@@ -232,6 +244,29 @@ func newUserRotate(c *cli) *cobra.Command {
 	cmd.Flags().BoolVar(&finish, "finish", false, "remove all keys but the newest")
 	cmd.ValidArgsFunction = onlyFirst(c.userNames)
 	return cmd
+}
+
+// rightFile refuses a users file that the running server does not read, unless
+// it was named: a user that is in no server's file, or one that is not removed
+// from it, goes unnoticed.
+func (c *cli) rightFile(cmd *cobra.Command) error {
+	if cmd.Flags().Changed("users") {
+		return nil
+	}
+	st, err := c.client().Status(cmd.Context())
+	if err != nil || st.UsersFile == "" {
+		return nil // nobody to ask
+	}
+	here, err := filepath.Abs(c.usersFile())
+	if err != nil {
+		return err
+	}
+	ours, err1 := os.Stat(here)
+	theirs, err2 := os.Stat(st.UsersFile)
+	if here == filepath.Clean(st.UsersFile) || err1 == nil && err2 == nil && os.SameFile(ours, theirs) {
+		return nil
+	}
+	return usage("the server reads its users from %s: give --users %s", st.UsersFile, st.UsersFile)
 }
 
 // reload has a running server read the users file now. It would by itself soon,

@@ -45,6 +45,8 @@ type Status struct {
 	TLS      bool      `json:"tls"`
 	STS      string    `json:"sts"`
 	StateDir string    `json:"stateDir"`
+	// UsersFile is the users file's path.
+	UsersFile string `json:"usersFile"`
 	// NodeBinding is the setting's value.
 	NodeBinding string `json:"nodeBinding"`
 	// Clusters and Associations are what the index holds, Revision the store's

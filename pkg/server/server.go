@@ -446,7 +446,7 @@ func (s *server) snapshot(ctx context.Context, w io.Writer) (int64, error) {
 func (s *server) status() Status {
 	st := Status{
 		Version: s.cfg.Version, Started: s.started, Listen: s.address, TLS: s.cert != nil, STS: s.stsText(),
-		StateDir: s.cfg.StateDir, NodeBinding: s.cfg.NodeBinding,
+		StateDir: s.cfg.StateDir, UsersFile: s.cfg.Users, NodeBinding: s.cfg.NodeBinding,
 		Revision: s.index.Revision(), Behind: s.index.Behind().Seconds(), Users: s.users.Status().Users,
 	}
 	st.Associations, st.Clusters = s.index.Len()

@@ -180,6 +180,27 @@ func TestUserKeys(t *testing.T) {
 	}
 }
 
+// The CLI edits the file that the server reads, or none.
+func TestUsersFileElsewhere(t *testing.T) {
+	t.Parallel()
+	s := newServer(t, "--stand-in-sts")
+	file := filepath.Join(s.dir, "elsewhere.yaml")
+	s.args = append(s.args, "--users", file)
+	s.serve()
+	for _, line := range []string{"user add team", "user remove team", "user rotate-key team", "user list"} {
+		if r := s.try("", strings.Fields(line)...); r.code != 2 || !strings.Contains(r.stderr, "give --users "+file) {
+			t.Errorf("%s: %+v", line, r)
+		}
+	}
+	if _, err := os.Stat(filepath.Join(s.dir, "users.yaml")); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("a users file that nobody reads: %v", err)
+	}
+	s.user("team", "--users", file)
+	if st := s.cli("status"); !strings.Contains(st, file) {
+		t.Errorf("status:\n%s", st)
+	}
+}
+
 // certificate writes a new self-signed certificate for 127.0.0.1, as whoever
 // renews one does: into other files that are renamed.
 func certificate(t *testing.T, dir string, serial int64) (pool *x509.CertPool) {
