@@ -33,6 +33,25 @@ func (w *world) hasRing(t *testing.T, podCgroup uint64) bool {
 	return value != nil
 }
 
+// settled waits until the agent knows of no pod that the node does not have, and
+// has dropped the others' credentials.
+func (w *world) settled(t *testing.T) {
+	t.Helper()
+	eventually(t, func() error {
+		pods, err := w.Admin().Pods(t.Context())
+		if err != nil {
+			return err
+		}
+		if n, has := len(pods), len(w.Node.Pods()); n != has {
+			return fmt.Errorf("the agent lists %d pods, the node has %d", n, has)
+		}
+		if n, most := w.metric(t, "latchkey_cache_entries"), float64(len(pods)); n > most {
+			return fmt.Errorf("%g cached credentials of %g pods", n, most)
+		}
+		return nil
+	})
+}
+
 // A pod's end is final at once: on connections that somebody still holds, in
 // the cache, and in the kernel.
 func TestPrivilegedDeletedPodIsForgotten(t *testing.T) {
@@ -49,6 +68,8 @@ func TestPrivilegedDeletedPodIsForgotten(t *testing.T) {
 	if !w.hasRing(t, uint64(id)) {
 		t.Error("the kernel programs know nothing of the pod")
 	}
+	// The pods of earlier tests have gone by now, or nearly.
+	w.settled(t)
 	entries := w.metric(t, "latchkey_cache_entries")
 
 	// Its network namespace stays, as one does that somebody holds.

@@ -6,6 +6,8 @@ package agent
 
 import (
 	"context"
+	"errors"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -27,8 +29,12 @@ func capabilities(t *testing.T, pid int, name string) privilege.Set {
 	files, err := filepath.Glob("/proc/" + strconv.Itoa(pid) + "/task/*/status")
 	must(t, err)
 	var set privilege.Set
-	for i, f := range files {
+	seen := false
+	for _, f := range files {
 		data, err := os.ReadFile(f)
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) {
+			continue // the thread has ended
+		}
 		must(t, err)
 		for line := range strings.Lines(string(data)) {
 			text, ok := strings.CutPrefix(line, name+":")
@@ -37,11 +43,14 @@ func capabilities(t *testing.T, pid int, name string) privilege.Set {
 			}
 			v, err := strconv.ParseUint(strings.TrimSpace(text), 16, 64)
 			must(t, err)
-			if i > 0 && privilege.Set(v) != set {
+			if seen && privilege.Set(v) != set {
 				t.Errorf("%s of %s is %v, another thread's %v", name, f, privilege.Set(v), set)
 			}
-			set = privilege.Set(v)
+			set, seen = privilege.Set(v), true
 		}
+	}
+	if !seen {
+		t.Errorf("no %s of any thread of process %d", name, pid)
 	}
 	return set
 }

@@ -5,14 +5,17 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -21,6 +24,7 @@ import (
 	"github.com/cilium/ebpf/link"
 
 	"github.com/latchkey-dev/latchkey/pkg/attribution"
+	"github.com/latchkey-dev/latchkey/pkg/credserver"
 	"github.com/latchkey-dev/latchkey/test/rig"
 	"github.com/latchkey-dev/latchkey/test/standin/eksauth"
 	"github.com/latchkey-dev/latchkey/test/testnode"
@@ -107,10 +111,10 @@ func TestPrivilegedEvidenceDoesNotWaitForTheAgent(t *testing.T) {
 	a := w.start(t)
 	victim, thief := w.newPod(t, testnode.PodConfig{}), w.newPod(t, testnode.PodConfig{})
 	inVictim, inThief := newClient(t, victim.Place()), newClient(t, thief.Place())
-	must(t, syscall.Kill(a.PID(), syscall.SIGSTOP))
-	mine, stolen := inVictim.dial(rig.Host4), inThief.dial(rig.Host4)
 	// A process that is gone by the time the agent looks.
 	gone := newClient(t, victim.Place())
+	must(t, syscall.Kill(a.PID(), syscall.SIGSTOP))
+	mine, stolen := inVictim.dial(rig.Host4), inThief.dial(rig.Host4)
 	left := gone.dial(rig.Host6)
 	gone.proc.Kill()
 	must(t, syscall.Kill(a.PID(), syscall.SIGCONT))
@@ -159,6 +163,14 @@ func TestPrivilegedPinsOfAnotherLayoutAreTakenOver(t *testing.T) {
 type answered struct {
 	a   rig.Answer
 	err error
+	// took is how long it was waited for, where that is told.
+	took time.Duration
+}
+
+// tooLate tells that the agent let go of a request because EKS Auth took long:
+// after 1.8 s whoever asked is to come again.
+func (a answered) tooLate() bool {
+	return a.err == nil && a.a.Status >= http.StatusServiceUnavailable && a.took >= credserver.DefaultWaitTimeout
 }
 
 // waiting starts a request that waits for EKS Auth, and returns when it does.
@@ -167,8 +179,9 @@ func (w *world) waiting(t *testing.T, p *pod) <-chan answered {
 	conn := newClient(t, p.Place()).dial(rig.Host4)
 	out := make(chan answered, 1)
 	go func() {
+		began := time.Now()
 		a, err := conn.Ask(context.WithoutCancel(t.Context()), p.Token)
-		out <- answered{a, err}
+		out <- answered{a, err, time.Since(began)}
 	}()
 	eventually(t, func() error {
 		if now, _ := w.EKSAuth.InFlight(); now == 0 {
@@ -179,9 +192,25 @@ func (w *world) waiting(t *testing.T, p *pod) <-chan answered {
 	return out
 }
 
+// inTime repeats a test that needs a request to wait for EKS Auth, on an agent of
+// its own, until the machine is quick enough for it.
+func inTime(t *testing.T, test func(t *testing.T) (late bool)) {
+	t.Helper()
+	for try := range 5 {
+		late := false
+		t.Run(fmt.Sprint("try ", try+1), func(t *testing.T) { late = test(t) })
+		if !late || t.Failed() {
+			return
+		}
+	}
+	t.Error("in no try the request still waited when it mattered")
+}
+
 // SIGTERM lets a request that waits for EKS Auth end well, closes idle
 // connections, and takes no new ones.
-func TestPrivilegedStopAnswersWhoWaits(t *testing.T) {
+func TestPrivilegedStopAnswersWhoWaits(t *testing.T) { inTime(t, stopAnswersWhoWaits) }
+
+func stopAnswersWhoWaits(t *testing.T) (late bool) {
 	w := newWorld(t, rig.Config{})
 	a := w.start(t)
 	slow, idle := w.newPod(t, testnode.PodConfig{}), w.newPod(t, testnode.PodConfig{})
@@ -190,32 +219,45 @@ func TestPrivilegedStopAnswersWhoWaits(t *testing.T) {
 	wantCredentials(t, ask(t, kept, idle.Token), idle)
 
 	hold := make(chan struct{})
+	release := sync.OnceFunc(func() { close(hold) })
+	defer release()
 	w.EKSAuth.Inject(eksauth.Fault{Hold: hold, Times: 1})
 	reply := w.waiting(t, slow)
 	must(t, syscall.Kill(a.PID(), syscall.SIGTERM))
 	w.logs(t, `"msg":"stopping"`)
-	must(t, silent.SetReadDeadline(time.Now().Add(patience)))
-	if _, err := silent.Read(make([]byte, 1)); !errors.Is(err, io.EOF) && !errors.Is(err, syscall.ECONNRESET) {
-		t.Errorf("a connection that never asked: %v, want it closed", err)
+	for what, conn := range map[string]*rig.Conn{"that never asked": silent, "that is idle": kept} {
+		must(t, conn.SetReadDeadline(time.Now().Add(patience)))
+		if _, err := conn.Read(make([]byte, 1)); !errors.Is(err, io.EOF) && !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("a connection %s: %v, want it closed", what, err)
+		}
 	}
-	if a, err := kept.Ask(t.Context(), idle.Token); err == nil {
-		t.Errorf("an idle connection answers %d, want it closed", a.Status)
-	}
-	if _, err := inIdle.tryDial(rig.Host4); !errors.Is(err, syscall.ECONNREFUSED) {
-		t.Errorf("connecting to an agent that stops: %v, want it refused", err)
-	}
-	close(hold)
+	eventually(t, func() error {
+		conn, err := inIdle.tryDial(rig.Host4)
+		if err == nil {
+			conn.Close()
+		}
+		if !errors.Is(err, syscall.ECONNREFUSED) {
+			return fmt.Errorf("connecting to an agent that stops: %w, want it refused", cmp.Or(err, errNotYet))
+		}
+		return nil
+	})
+	release()
 	got := <-reply
 	must(t, got.err)
-	wantCredentials(t, got.a, slow)
+	if late = got.tooLate(); !late {
+		wantCredentials(t, got.a, slow)
+	}
 	if code := ended(t, a); code != 0 {
 		t.Errorf("exit status %d", code)
 	}
 	w.wantAttachedOnce(t)
+	return late
 }
 
 // A second SIGTERM ends it at once.
-func TestPrivilegedSecondSIGTERMEndsAtOnce(t *testing.T) {
+func TestPrivilegedSecondSIGTERMEndsAtOnce(t *testing.T) { inTime(t, secondSIGTERMEndsAtOnce) }
+
+func secondSIGTERMEndsAtOnce(t *testing.T) (late bool) {
 	w := newWorld(t, rig.Config{})
 	a := w.start(t)
 	slow := w.newPod(t, testnode.PodConfig{})
@@ -225,19 +267,26 @@ func TestPrivilegedSecondSIGTERMEndsAtOnce(t *testing.T) {
 	reply := w.waiting(t, slow)
 	must(t, syscall.Kill(a.PID(), syscall.SIGTERM))
 	w.logs(t, `"msg":"stopping"`)
-	must(t, syscall.Kill(a.PID(), syscall.SIGTERM))
+	if err := syscall.Kill(a.PID(), syscall.SIGTERM); !errors.Is(err, syscall.ESRCH) {
+		must(t, err)
+	}
 	<-a.Done()
+	got := <-reply
+	if got.tooLate() {
+		return true
+	}
 	var exit *exec.ExitError
 	if !errors.As(a.Err(), &exit) || exit.Sys().(syscall.WaitStatus).Signal() != syscall.SIGTERM {
 		t.Errorf("the agent ended with %v, want it ended by the signal", a.Err())
 	}
-	if got := <-reply; got.err == nil {
+	if got.err == nil {
 		t.Errorf("an answer came all the same: %+v", got.a)
 	}
 	// Nothing of it stands in the next one's way.
 	w.EKSAuth.ClearFaults()
 	w.start(t)
 	wantCredentials(t, askFrom(t, slow.Place(), rig.Host4, slow.Token), slow)
+	return false
 }
 
 // A second agent, whatever it was told, finds that one runs, says so, and

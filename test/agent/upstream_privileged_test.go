@@ -198,7 +198,7 @@ func TestPrivilegedWaitersShareOneCall(t *testing.T) {
 		conn := c.dial(rig.Host4)
 		go func() {
 			a, err := conn.Ask(t.Context(), p.Token)
-			answers <- answered{a, err}
+			answers <- answered{a: a, err: err}
 		}()
 	}
 	eventually(t, func() error {

@@ -368,8 +368,10 @@ func Over(c net.Conn, host string) *Conn {
 	return &Conn{Conn: c, r: bufio.NewReader(c), host: host}
 }
 
-// Ask makes one request with a token.
+// Ask makes one request with a token. A deadline that the connection has stays.
 func (c *Conn) Ask(ctx context.Context, token string) (Answer, error) {
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+c.host+Path, nil)
 	if err != nil {
 		return Answer{}, err
@@ -380,16 +382,11 @@ func (c *Conn) Ask(ctx context.Context, token string) (Answer, error) {
 	if c.used {
 		return Answer{}, errUsedUp
 	}
-	if err := c.SetDeadline(time.Now().Add(askTimeout)); err != nil {
-		return Answer{}, err
-	}
 	stop := context.AfterFunc(ctx, func() { _ = c.SetDeadline(time.Unix(1, 0)) })
 	a, last, err := c.exchange(req)
 	if !stop() || err != nil || last {
 		c.used = true
 		_ = c.Close()
-	} else {
-		err = c.SetDeadline(time.Time{})
 	}
 	if err != nil && ctx.Err() != nil {
 		err = ctx.Err()
