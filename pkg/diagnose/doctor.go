@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -157,7 +158,11 @@ func (d *Doctor) agent(ctx context.Context) {
 	s, err := d.Agent.Status(ctx)
 	if err != nil {
 		fix := "start latchkey-agent, and look at its log: it says why it does not start"
-		if holder, _ := PortHolder(d.ProcFS, d.hosts, d.port, 0); strings.HasPrefix(holder, "latchkey-agent ") || !errors.Is(err, adminapi.ErrNoAgent) {
+		holder, _ := PortHolder(d.ProcFS, d.hosts, d.port, 0)
+		switch {
+		case errors.Is(err, adminapi.ErrNotPermitted):
+			fix = "run it with sudo"
+		case strings.HasPrefix(holder, "latchkey-agent "), !errors.Is(err, adminapi.ErrNoAgent):
 			fix = "give the --admin-socket that the agent was started with (pgrep -af latchkey-agent); if it is the same, look at the agent's log, and restart it"
 		}
 		d.add(explain.Fail, "agent", firstLine(err), fix)
@@ -172,6 +177,11 @@ func (d *Doctor) agent(ctx context.Context) {
 		d.add(explain.Warn, "attestation", "mode "+s.Attestation+" serves stolen tokens", "run the agent with --attestation=enforce")
 	default:
 		d.add(explain.OK, "attestation", "enforced below cgroup "+s.AttachedAt, "")
+	}
+	for _, ns := range slices.Sorted(maps.Keys(s.Exceptions)) {
+		if mode := s.Exceptions[ns]; mode != "enforce" && s.Attestation == "enforce" {
+			d.add(explain.Warn, "attestation", "mode "+mode+" serves stolen tokens of namespace "+ns, "take "+ns+" out of --attestation-namespace once its pods are attested: latchkey denials -n "+ns)
+		}
 	}
 	for _, f := range s.Fallbacks {
 		d.add(explain.Warn, "attestation", "fallback: "+f, "a newer kernel needs it no more")

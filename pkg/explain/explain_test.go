@@ -234,6 +234,18 @@ func TestExplain(t *testing.T) {
 	}
 }
 
+// The mode that is told is that of the pod's namespace.
+func TestExplainTellsTheModeOfTheNamespace(t *testing.T) {
+	t.Parallel()
+	for exempt, want := range map[string]string{"web": "attestation audit for tokens of namespace web", "other": "attestation enforce"} {
+		in := healthy()
+		in.Facts.Status.Exceptions = map[string]string{exempt: "audit"}
+		if got := Explain(in).Steps[0]; got.Name != "agent" || !strings.HasSuffix(got.Text, want) {
+			t.Errorf("%s is exempt: %+v", exempt, got)
+		}
+	}
+}
+
 // Nothing is concluded from nothing, and nothing panics.
 func TestExplainKnowsWhatItDoesNotKnow(t *testing.T) {
 	t.Parallel()

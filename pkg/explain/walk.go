@@ -254,7 +254,11 @@ func (w *walk) skewed() bool { return w.skewKnown && w.skew.Abs() >= badSkew }
 
 func (w *walk) agent() {
 	s := &w.f.Status
-	w.add(OK, "agent", fmt.Sprintf("latchkey-agent %s, attestation %s", s.Version, s.Attestation), "admin socket", s.Started)
+	mode := s.Attestation
+	if p := w.f.Pod; p != nil && s.Exceptions[p.Namespace] != "" {
+		mode = s.Exceptions[p.Namespace] + " for tokens of namespace " + p.Namespace
+	}
+	w.add(OK, "agent", fmt.Sprintf("latchkey-agent %s, attestation %s", s.Version, mode), "admin socket", s.Started)
 }
 
 func (w *walk) kernel() {

@@ -35,9 +35,11 @@ func TestPrivilegedDoctorFindsWhatIsWrong(t *testing.T) {
 		cfg   rig.Config
 		make  func(t *testing.T, w *world)
 		under func(w *world) []string
+		flags []string
 		check string
 		state explain.State
 		text  string
+		fix   string
 	}{
 		{name: "no agent", make: func(*testing.T, *world) {}, check: "agent", state: explain.Fail, text: "no agent answers"},
 		{name: "cgroup v1 only", make: func(*testing.T, *world) {}, under: withoutCgroup2, check: "cgroup", state: explain.Fail, text: "cgroup v2 is not mounted"},
@@ -68,6 +70,8 @@ func TestPrivilegedDoctorFindsWhatIsWrong(t *testing.T) {
 			p.ask(t, p.Token)
 		}, check: "credentials", state: explain.Fail, text: "does not accept the node's own"},
 		{name: "weak mode", make: func(t *testing.T, w *world) { w.start(t, "--attestation", "audit") }, check: "attestation", state: explain.Warn, text: "mode audit serves stolen tokens"},
+		{name: "weak mode of a namespace", make: func(t *testing.T, w *world) { w.start(t, "--attestation-namespace", "legacy=audit") }, check: "attestation", state: explain.Warn, text: "mode audit serves stolen tokens of namespace legacy"},
+		{name: "asked on another socket", make: func(t *testing.T, w *world) { w.start(t) }, flags: []string{"--admin-socket", "/run/elsewhere/admin.sock"}, check: "agent", state: explain.Fail, text: "no agent answers on /run/elsewhere/admin.sock", fix: "pgrep -af latchkey-agent"},
 		{name: "pods reach the metadata service", make: func(t *testing.T, w *world) {
 			w.start(t)
 			w.add(t)
@@ -120,7 +124,7 @@ func TestPrivilegedDoctorFindsWhatIsWrong(t *testing.T) {
 				wrapper = tt.under(w)
 			}
 			eventually(t, func() error {
-				r := w.latchkeyUnder(t, wrapper, "doctor", "-o", "json")
+				r := w.latchkeyUnder(t, wrapper, append([]string{"doctor", "-o", "json"}, tt.flags...)...)
 				var got struct{ Checks []diagnose.Check }
 				if err := json.Unmarshal([]byte(r.stdout), &got); err != nil {
 					return fmt.Errorf("%w in %s%s", err, r.stdout, r.stderr)
@@ -133,7 +137,7 @@ func TestPrivilegedDoctorFindsWhatIsWrong(t *testing.T) {
 					return fmt.Errorf("exit status %d, want %d", r.code, want)
 				}
 				for _, k := range got.Checks {
-					if k.Name == tt.check && k.State == tt.state && strings.Contains(k.Text, tt.text) && k.Fix != "" {
+					if k.Name == tt.check && k.State == tt.state && strings.Contains(k.Text, tt.text) && k.Fix != "" && strings.Contains(k.Fix, tt.fix) {
 						return nil
 					}
 				}
