@@ -66,14 +66,14 @@ func Open(t Target) (Sink, error) {
 		if t.Stdout == nil {
 			return nil, fmt.Errorf("%w: no standard output", ErrConfig)
 		}
-		return stream{writer: t.Stdout}, nil
+		return &stream{writer: t.Stdout}, nil
 	case "file":
 		if t.MaxSize == 0 {
 			t.MaxSize = DefaultMaxSize
 		}
 		// Made with mode 0600, its directory 0755 if it is missing.
 		f := &lumberjack.Logger{Filename: path, MaxSize: t.MaxSize, MaxBackups: t.MaxBackups, MaxAge: t.MaxAge}
-		return stream{f, f}, nil
+		return &stream{writer: f, closer: f}, nil
 	case "unixgram":
 		return &datagram{path: path, now: time.Now}, nil
 	}
@@ -84,17 +84,28 @@ func Open(t Target) (Sink, error) {
 type stream struct {
 	writer io.Writer
 	closer io.Closer // nil: not ours
+	// torn: what was written last ends within a line, as on a full disk.
+	torn bool
 }
 
 // Write implements Sink.
-func (s stream) Write(lines []byte) (int, error) {
+func (s *stream) Write(lines []byte) (int, error) {
+	if s.torn {
+		// Else the next line, which tells what was lost, would be no JSON either.
+		if n, err := s.writer.Write(newline); n < len(newline) {
+			return 0, err
+		}
+		s.torn = false
+	}
 	n, err := s.writer.Write(lines)
+	n = min(max(n, 0), len(lines))
+	s.torn = n > 0 && lines[n-1] != newline[0]
 	// A part of a line is no line.
-	return bytes.Count(lines[:min(max(n, 0), len(lines))], newline), err
+	return bytes.Count(lines[:n], newline), err
 }
 
 // Close implements Sink.
-func (s stream) Close() error {
+func (s *stream) Close() error {
 	if s.closer == nil {
 		return nil
 	}

@@ -93,8 +93,45 @@ func (short) Write(p []byte) (int, error) { return len(p) - 1, errors.New("disk 
 
 // A line that is cut has not arrived.
 func TestStreamCountsWholeLines(t *testing.T) {
-	if n, err := (stream{writer: short{}}).Write([]byte("a\nb\nc\n")); n != 2 || err == nil {
+	if n, err := (&stream{writer: short{}}).Write([]byte("a\nb\nc\n")); n != 2 || err == nil {
 		t.Errorf("%d, %v, want 2 and the error", n, err)
+	}
+}
+
+// disk has room for so many bytes.
+type disk struct {
+	room int
+	text []byte
+}
+
+func (d *disk) Write(p []byte) (int, error) {
+	n := min(len(p), d.room)
+	d.text, d.room = append(d.text, p[:n]...), d.room-n
+	if n < len(p) {
+		return n, errors.New("disk full")
+	}
+	return n, nil
+}
+
+// What was cut off when the disk was full does not spoil the line that follows,
+// which tells what was lost.
+func TestLineAfterOneThatWasCut(t *testing.T) {
+	d := &disk{room: len("aaa\nbb")}
+	s := &stream{writer: d}
+	if n, err := s.Write([]byte("aaa\nbbb\n")); n != 1 || err == nil {
+		t.Errorf("%d, %v", n, err)
+	}
+	if n, err := s.Write([]byte("ccc\n")); n != 0 || err == nil {
+		t.Errorf("the disk is full: %d, %v", n, err)
+	}
+	d.room = 100
+	for range 2 {
+		if n, err := s.Write([]byte("ddd\n")); n != 1 || err != nil {
+			t.Errorf("%d, %v", n, err)
+		}
+	}
+	if want := "aaa\nbb\nddd\nddd\n"; string(d.text) != want {
+		t.Errorf("%q, want %q", d.text, want)
 	}
 }
 
