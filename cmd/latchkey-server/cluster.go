@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -16,6 +17,7 @@ import (
 
 	"github.com/latchkey-dev/latchkey/pkg/association"
 	"github.com/latchkey-dev/latchkey/pkg/commandline"
+	"github.com/latchkey-dev/latchkey/pkg/nodeauth/exchange"
 	"github.com/latchkey-dev/latchkey/pkg/server"
 )
 
@@ -106,9 +108,13 @@ func printCluster(w io.Writer, s server.ClusterSpec) {
 		review += "; in an outage: " + t.OnOutage
 	}
 	row("token review", review)
-	row("agents", strings.Join(s.AgentServiceAccounts, ", "))
-	for k, v := range s.Tags {
-		row("tag", k+"="+v)
+	agents := strings.Join(s.AgentServiceAccounts, ", ")
+	if agents == "" {
+		agents = exchange.DefaultAgents
+	}
+	row("agents", agents)
+	for _, k := range slices.Sorted(maps.Keys(s.Tags)) {
+		row("tag", k+"="+s.Tags[k])
 	}
 	if s.CreatedAt != nil && s.ModifiedAt != nil {
 		row("created, modified", s.CreatedAt.Format("2006-01-02 15:04:05Z")+", "+s.ModifiedAt.Format("2006-01-02 15:04:05Z"))

@@ -119,6 +119,17 @@ func TestUserAdd(t *testing.T) {
 	}
 }
 
+// A person reads the same each time, and what holds where nothing is said.
+func TestPrintCluster(t *testing.T) {
+	for range 20 {
+		var out bytes.Buffer
+		printCluster(&out, server.ClusterSpec{Name: "prod", Account: "111122223333", Tags: map[string]string{"a": "1", "b": "2", "c": "3"}})
+		if text := out.String(); !strings.Contains(text, "agents\tkube-system/latchkey-agent\ntag\ta=1\ntag\tb=2\ntag\tc=3\n") {
+			t.Fatal(text)
+		}
+	}
+}
+
 func TestCompletion(t *testing.T) {
 	dir := t.TempDir()
 	if err := permission.Add(filepath.Join(dir, "users.yaml"), permission.User{Name: "web-team", Keys: []permission.AccessKey{permission.NewAccessKey()}}); err != nil {
