@@ -205,7 +205,7 @@ func eventually(t testing.TB, what string, cond func() bool) time.Duration {
 	t.Helper()
 	begin := time.Now()
 	for !cond() {
-		if time.Since(begin) > 10*time.Second {
+		if time.Since(begin) > 30*time.Second {
 			t.Fatalf("never happened: %s", what)
 		}
 		time.Sleep(200 * time.Microsecond)

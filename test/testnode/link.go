@@ -76,7 +76,7 @@ func (n *Netns) AddLoopback(addrs ...netip.Addr) error {
 }
 
 // bindWait is how long the kernel may take to make an address usable.
-const bindWait = 5 * time.Second
+const bindWait = 20 * time.Second
 
 func waitBindable(a netip.Addr) error {
 	for deadline := time.Now().Add(bindWait); ; time.Sleep(time.Millisecond) {
