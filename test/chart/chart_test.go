@@ -362,7 +362,11 @@ func TestFlagsExist(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		check(agentDoc, u, regexp.MustCompile(`--[a-z-]+`).FindAllString(commands(string(b)), -1))
+		doc := agentDoc
+		if strings.HasSuffix(u, "/latchkey-server.service") {
+			doc = serverDoc
+		}
+		check(doc, u, regexp.MustCompile(`--[a-z-]+`).FindAllString(commands(string(b)), -1))
 	}
 }
 
