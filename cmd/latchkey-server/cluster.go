@@ -151,8 +151,8 @@ func newClusterAdd(c *cli) *cobra.Command {
 			"    --keys-from-kubeconfig ~/.kube/config --context lab\n" +
 			"  latchkey-server cluster describe lab -o yaml | latchkey-server cluster add --replace --file -",
 		Args: func(cmd *cobra.Command, given []string) error {
-			if o.file != "" {
-				return commandline.NoArgs(cmd, given)
+			if o.file != "" && len(given) == 0 {
+				return nil // the file has it
 			}
 			return args("NAME")(cmd, given)
 		},
@@ -222,6 +222,9 @@ func (c *cli) addCluster(cmd *cobra.Command, o clusterFlags) error {
 		}
 		if err := yaml.UnmarshalStrict(data, &s); err != nil {
 			return fmt.Errorf("%w: %s: %w", server.ErrConfig, o.file, err)
+		}
+		if o.spec.Name != "" && s.Name != o.spec.Name {
+			return usage("%s is of cluster %q, not of %q", o.file, s.Name, o.spec.Name)
 		}
 	} else {
 		if s.Tags, err = pairs("tag", o.tags); err != nil {

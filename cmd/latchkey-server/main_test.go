@@ -93,6 +93,24 @@ func TestUsage(t *testing.T) {
 	}
 }
 
+// With a file, a name may be given and must be the file's.
+func TestClusterOfAFile(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "cluster.yaml")
+	text := "name: a\nregion: us-west-2\naccount: \"111122223333\"\nissuers: [i]\nkeys: |\n  -----BEGIN PUBLIC KEY-----\n" +
+		"  MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEfQD2P0LvtkJUL6Uc9NuvDuTXSdL3\n  B49gTcDf3HCwV3CzzRieyXXD5n6WYRRsgMBxkm7Cu1AN7WmyCGnwmZpzlw==\n  -----END PUBLIC KEY-----\n"
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for line, want := range map[string]int{"cluster add -f": exitFailed, "cluster add a -f": exitFailed, "cluster add b -f": exitUsage, "cluster add a b -f": exitUsage} {
+		root := newRoot(strings.NewReader(""), &bytes.Buffer{}, &bytes.Buffer{})
+		root.SetArgs(append(strings.Fields(line), file, "--state-dir", t.TempDir()))
+		// All that is right ends at the server, which does not run.
+		if err := root.Execute(); exitCode(err) != want || want == exitFailed && !errors.Is(err, server.ErrNoServer) {
+			t.Errorf("%s: %v", line, err)
+		}
+	}
+}
+
 // A limited user gets the roles that it is given, and no others.
 func TestUserAdd(t *testing.T) {
 	dir := t.TempDir()
