@@ -115,6 +115,9 @@ func newRoot(out io.Writer, now func() time.Time) *cobra.Command {
 			if err := c.checkFormat(); err != nil {
 				return err
 			}
+			if c.socket == "" {
+				return usage(cmd, "--admin-socket is empty: give the path of the agent's socket, or leave it out")
+			}
 			if check != nil {
 				return check(cmd, args)
 			}
@@ -123,7 +126,30 @@ func newRoot(out io.Writer, now func() time.Time) *cobra.Command {
 		root.AddCommand(v)
 	}
 	root.AddCommand(reachCommand(out))
+	root.InitDefaultCompletionCmd()
+	for _, sub := range root.Commands() {
+		if sub.Name() == "completion" {
+			strictCompletion(sub)
+		}
+	}
 	return root
+}
+
+// strictCompletion refuses what cobra's own command answers with its help, or
+// with another exit code than ours.
+func strictCompletion(cmd *cobra.Command) {
+	var shells []string
+	for _, sub := range cmd.Commands() {
+		sub.Args = commandline.NoArgs
+		shells = append(shells, sub.Name())
+	}
+	cmd.Args = nil
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if len(args) == 0 {
+			return cmd.Help()
+		}
+		return usage(cmd, "%q: use %s", args[0], strings.Join(shells, ", "))
+	}
 }
 
 func (c *cli) agent() *adminapi.Client { return adminapi.NewClient(c.socket) }

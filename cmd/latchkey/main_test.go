@@ -135,6 +135,17 @@ func TestNothingIsSaidThatIsNotSo(t *testing.T) {
 			t.Errorf("%s: %v, %q, want %q", tt.args, err, out, tt.want)
 		}
 	}
+	for _, args := range [][]string{{"completion", "tcsh"}, {"completion", "bash", "more"}} {
+		if _, err := run(t, full, args...); exitCode(err) != exitUsage {
+			t.Errorf("%v: %v", args, err)
+		}
+	}
+	if out, err := run(t, full, "completion", "bash"); err != nil || !strings.Contains(out, "latchkey") {
+		t.Errorf("completion bash: %v, %.80q", err, out)
+	}
+	if _, err := run(t, "", "status"); exitCode(err) != exitUsage {
+		t.Errorf("no socket: %v", err)
+	}
 	_, err := run(t, full, "denials", "--reason", "stolen")
 	if exitCode(err) != exitUsage || !strings.Contains(err.Error(), "pod_mismatch") {
 		t.Errorf("a reason that there is not: %v", err)
@@ -185,6 +196,9 @@ func TestEachVerbHasAnExample(t *testing.T) {
 	t.Parallel()
 	var walk func(*cobra.Command)
 	walk = func(cmd *cobra.Command) {
+		if cmd.Name() == "completion" {
+			return // cobra's, which says how to install each shell's
+		}
 		if cmd.HasParent() && !cmd.Hidden && cmd.Name() != "version" && !strings.Contains(cmd.Example, cmd.CommandPath()) {
 			t.Errorf("%s has no example", cmd.CommandPath())
 		}

@@ -481,6 +481,8 @@ func TestPrivilegedBadInputSaysWhatWasExpected(t *testing.T) {
 		{[]string{"log-level", "a", "b", "c"}, "takes a COMPONENT and a LEVEL"},
 		{[]string{"status", "now"}, "unknown argument"},
 		{[]string{"version", "2"}, "unknown argument"},
+		{[]string{"completion", "tcsh"}, "use bash, fish, powershell, zsh"},
+		{[]string{"status", "--admin-socket", ""}, "give the path of the agent's socket"},
 		{[]string{"explian", "x"}, "unknown argument"},
 		{[]string{"--verbose"}, "unknown flag"},
 	} {
