@@ -12,8 +12,11 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
+	"reflect"
 	"regexp"
+	"slices"
 	"sync"
 	"time"
 
@@ -237,9 +240,47 @@ type Config struct {
 	Interval time.Duration
 	// Now is the clock for expiry of keys; nil: time.Now.
 	Now func() time.Time
+	// Changed is told of every change but the first reading. It must not block for
+	// long. Nil: nobody is.
+	Changed func(Change)
 	// Log is told of every change, and of a file that cannot be used; nil: nothing
 	// is.
 	Log *slog.Logger
+}
+
+// Change is what a changed users file has changed, without secrets.
+type Change struct {
+	// Users and Keys are how many are in force now.
+	Users int `json:"users"`
+	Keys  int `json:"keys"`
+	// Added, Removed and Changed are names of users: Changed are those with other
+	// keys, permissions or node.
+	Added   []string `json:"added,omitempty"`
+	Removed []string `json:"removed,omitempty"`
+	Changed []string `json:"changed,omitempty"`
+}
+
+// changeOf compares two readings.
+func changeOf(before, after []User, keys int) Change {
+	c := Change{Users: len(after), Keys: keys}
+	had := make(map[string]User, len(before))
+	for _, u := range before {
+		had[u.Name] = u
+	}
+	for _, u := range after {
+		old, ok := had[u.Name]
+		delete(had, u.Name)
+		switch {
+		case !ok:
+			c.Added = append(c.Added, u.Name)
+		case !reflect.DeepEqual(old, u):
+			c.Changed = append(c.Changed, u.Name)
+		}
+	}
+	c.Removed = slices.Sorted(maps.Keys(had))
+	slices.Sort(c.Added)
+	slices.Sort(c.Changed)
+	return c
 }
 
 // Users is the users file, read again when it changes. It implements
@@ -247,8 +288,12 @@ type Config struct {
 type Users struct {
 	cfg Config
 
+	// reloading is held while the file is read, so that changes are told in order.
+	reloading sync.Mutex
+
 	mu      sync.RWMutex
 	table   *table
+	users   []User
 	sum     [sha256.Size]byte
 	loaded  time.Time
 	failure error
@@ -287,6 +332,8 @@ func Open(cfg Config) (*Users, error) {
 // Reload reads the file now. If it cannot be used, what was in force stays so.
 // The content is compared, not the time: several writes can have one time.
 func (u *Users) Reload() error {
+	u.reloading.Lock()
+	defer u.reloading.Unlock()
 	b, mode, err := readFile(u.cfg.Path)
 	if err != nil {
 		return u.failed(err)
@@ -303,14 +350,18 @@ func (u *Users) Reload() error {
 	if unchanged {
 		return nil
 	}
-	_, t, err := parse(b)
+	users, t, err := parse(b)
 	if err != nil {
 		return u.failed(fmt.Errorf("%s: %w", u.cfg.Path, err))
 	}
 	u.mu.Lock()
-	u.table, u.sum, u.failure, u.loaded = t, sum, nil, u.cfg.Now()
+	first, before := u.table == nil, u.users
+	u.table, u.users, u.sum, u.failure, u.loaded = t, users, sum, nil, u.cfg.Now()
 	u.mu.Unlock()
 	u.cfg.Log.Info("users file loaded", "path", u.cfg.Path, "users", t.users, "keys", len(t.keys))
+	if c := changeOf(before, users, len(t.keys)); !first && u.cfg.Changed != nil && len(c.Added)+len(c.Removed)+len(c.Changed) > 0 {
+		u.cfg.Changed(c)
+	}
 	return nil
 }
 

@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"sync"
 	"syscall"
@@ -219,6 +220,44 @@ func TestReloadKeepsTheLastGoodFile(t *testing.T) {
 	}
 	if strings.Contains(log.String(), "secret-of") {
 		t.Error("a secret is in the log")
+	}
+}
+
+// A change is told with the names that it is about, once, and without secrets.
+func TestChangesAreTold(t *testing.T) {
+	path := usersFile(t)
+	var told []permission.Change
+	users, err := permission.Open(permission.Config{Path: path, Changed: func(c permission.Change) { told = append(told, c) }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	user := func(name, secret, actions string) string {
+		return "- {name: " + name + ", keys: [{accessKeyId: LK" + name + ", secretAccessKey: " + secret + "}], permissions: [{actions: [" + actions + "], clusters: [a], namespaces: [b]}]}\n"
+	}
+	for _, c := range []struct {
+		name, text string
+		want       *permission.Change
+	}{
+		{"others", "users:\n" + user("one", "secret-of-one-0000", "'*'") + user("two", "secret-of-two-0000", "'*'"), nil},
+		{"the same, written otherwise", "# again\nusers:\n" + user("one", "secret-of-one-0000", `"*"`) + user("two", "secret-of-two-0000", "'*'"), nil},
+		{"more rights, and one gone", "users:\n" + user("one", "secret-of-one-0000", "'*', 'eks:*'") + user("three", "secret-of-three-00", "'*'"),
+			&permission.Change{Users: 2, Keys: 2, Added: []string{"three"}, Removed: []string{"two"}, Changed: []string{"one"}}},
+		{"another secret", "users:\n" + user("one", "secret-of-another-one", "'*', 'eks:*'") + user("three", "secret-of-three-00", "'*'"),
+			&permission.Change{Users: 2, Keys: 2, Changed: []string{"one"}}},
+	} {
+		told = nil
+		write(t, path, c.text, 0o600)
+		for range 2 {
+			if err := users.Reload(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if c.name == "others" {
+			continue // all three of the file before are gone
+		}
+		if c.want == nil && len(told) > 0 || c.want != nil && (len(told) != 1 || !reflect.DeepEqual(told[0], *c.want)) {
+			t.Errorf("%s: %+v, want %+v", c.name, told, c.want)
+		}
 	}
 }
 

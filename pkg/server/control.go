@@ -46,8 +46,8 @@ func (c *control) settle(ctx context.Context, revision int64) {
 	}
 }
 
-// changeRecord is the audit record of a change made over the admin socket or by
-// the configuration file. Its members are those of eksapi.Record, which is that
+// changeRecord is the audit record of a change made over the admin socket, by
+// the configuration file or by the users file. Its members are those of eksapi.Record, which is that
 // of a change made by a client.
 type changeRecord struct {
 	Time          time.Time `json:"time"`

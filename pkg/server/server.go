@@ -271,7 +271,10 @@ func (s *server) openUsers() (err error) {
 	} else if !errors.Is(err, os.ErrExist) {
 		return fmt.Errorf("users file: %w", err)
 	}
-	if s.users, err = permission.Open(permission.Config{Path: s.cfg.Users, Now: s.cfg.Now, Log: s.log}); err != nil {
+	changed := func(c permission.Change) {
+		s.audit.Write(changeRecord{Time: s.cfg.Now().UTC(), Type: eksapi.TypeChange, Operation: "LoadUsers", Outcome: eksapi.OutcomeDone, Caller: "users file", State: c})
+	}
+	if s.users, err = permission.Open(permission.Config{Path: s.cfg.Users, Changed: changed, Now: s.cfg.Now, Log: s.log}); err != nil {
 		return fmt.Errorf("%w: %w", ErrConfig, err)
 	}
 	if st := s.users.Status(); st.Users == 0 {

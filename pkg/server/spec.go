@@ -121,7 +121,7 @@ func (s *ClusterSpec) cluster() (association.Cluster, error) {
 		}
 	}
 	if len(c.Issuers) == 0 {
-		return c, fmt.Errorf("%w: cluster %s has no issuer: give what its tokens have in iss, such as https://kubernetes.default.svc.cluster.local", ErrConfig, s.Name)
+		return c, fmt.Errorf("%w: cluster %s has no issuer (--issuer): give what its tokens have in iss, such as https://kubernetes.default.svc.cluster.local", ErrConfig, s.Name)
 	}
 	if t := s.TokenReview; t != nil {
 		if !filepath.IsAbs(t.Kubeconfig) {

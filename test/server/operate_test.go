@@ -165,6 +165,15 @@ func TestUserKeys(t *testing.T) {
 	if list := s.cli("user", "list", "-o", "yaml"); strings.Contains(list, next.SecretAccessKey) || !strings.Contains(list, next.AccessKeyID) {
 		t.Errorf("user list:\n%s", list)
 	}
+	var loads []string
+	for _, r := range s.records() {
+		if r["operation"] == "LoadUsers" {
+			loads = append(loads, fmt.Sprint(r["caller"], " ", r["state"]))
+		}
+	}
+	if len(loads) != 3 || !strings.Contains(loads[0], "added:[team]") || !strings.Contains(loads[2], "changed:[team]") {
+		t.Errorf("records of the users file: %q", loads)
+	}
 	// A file that cannot be used leaves the last good one in force.
 	if err := os.WriteFile(filepath.Join(s.dir, "users.yaml"), []byte("users: [{"), 0o600); err != nil {
 		t.Fatal(err)
