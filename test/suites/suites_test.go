@@ -69,7 +69,7 @@ func bash(t *testing.T, script string, programs map[string]string, env ...string
 		}
 	}
 	cmd := exec.CommandContext(t.Context(), "bash", "-c", ". ./lib\n"+script)
-	cmd.Env = append(os.Environ(), "PATH="+bin+":"+os.Getenv("PATH"), "PATIENCE=1", "STATE="+t.TempDir(), "NS=suite", "CLUSTER_CGROUP2=/none")
+	cmd.Env = append(os.Environ(), "PATH="+bin+":"+os.Getenv("PATH"), "PATIENCE=300", "STATE="+t.TempDir(), "NS=suite", "CLUSTER_CGROUP2=/none")
 	cmd.Env = append(cmd.Env, env...)
 	out, err := cmd.CombinedOutput()
 	return string(out), err
@@ -123,7 +123,11 @@ func TestLib(t *testing.T) {
 			if err := os.WriteFile(filepath.Join(bin, "admin-keys"), nil, 0o600); err != nil {
 				t.Fatal(err)
 			}
-			out, err := bash(t, c.script, c.programs, "PODS="+pods, "SUITE_BIN="+bin, "SHARED="+bin)
+			env := []string{"PODS=" + pods, "SUITE_BIN=" + bin, "SHARED=" + bin}
+			if c.want != "" {
+				env = append(env, "PATIENCE=1") // for what never comes
+			}
+			out, err := bash(t, c.script, c.programs, env...)
 			if err != nil {
 				out += err.Error()
 			}
@@ -197,7 +201,7 @@ func TestRenew(t *testing.T) {
 		*" get pods "*) if [ -e "$STATE/deleted" ]; then cat "$STATE/after"; else cat "$STATE/before"; fi ;;
 		*" delete pod "*) echo "$*" >>"$STATE/deleted" ;;
 		esac`
-	for before, want := range map[string]string{current: "", "sha256:0": "-n latchkey delete pod agent-x --wait --timeout=1s\n"} {
+	for before, want := range map[string]string{current: "", "sha256:0": "-n latchkey delete pod agent-x --wait --timeout=300s\n"} {
 		for name, text := range map[string]string{"before": pods(before), "after": pods(current)} {
 			if err := os.WriteFile(filepath.Join(state, name), []byte(text), 0o600); err != nil {
 				t.Fatal(err)
