@@ -149,6 +149,7 @@ func newClusterAdd(c *cli) *cobra.Command {
 			"    --allow-role 'arn:aws:iam::111122223333:role/prod/*'\n" +
 			"  latchkey-server cluster add lab --region eu-central-1 --account 111122223333 \\\n" +
 			"    --keys-from-kubeconfig ~/.kube/config --context lab\n" +
+			"  latchkey-server cluster add lab --replace --token-review /etc/latchkey/lab.kubeconfig\n" +
 			"  latchkey-server cluster describe lab -o yaml | latchkey-server cluster add --replace --file -",
 		Args: func(cmd *cobra.Command, given []string) error {
 			if o.file != "" && len(given) == 0 {
@@ -168,8 +169,8 @@ func newClusterAdd(c *cli) *cobra.Command {
 	}
 	f := cmd.Flags()
 	f.StringVarP(&o.file, "file", "f", "", "YAML `file` with the whole cluster instead of the other flags; - for standard input")
-	f.StringVar(&o.spec.Region, "region", "", "`region` of the cluster's ARN, and of the STS that is called for it (required)")
-	f.StringVar(&o.spec.Account, "account", "", "account `ID` of the cluster's ARN and of its roles (required)")
+	f.StringVar(&o.spec.Region, "region", "", "`region` of the cluster's ARN, and of the STS that is called for it (required for a new one)")
+	f.StringVar(&o.spec.Account, "account", "", "account `ID` of the cluster's ARN and of its roles (required for a new one)")
 	f.StringVar(&o.spec.ARN, "arn", "", "`ARN`, if it is not arn:aws:eks:REGION:ACCOUNT:cluster/NAME")
 	f.StringArrayVar(&o.spec.Issuers, "issuer", nil, "accepted iss of tokens, exactly; may be repeated (default with --keys-from-kubeconfig: what the API server says)")
 	f.StringVar(&o.keys, "keys", "", "`file` with the public keys, JWKS or PEM")
@@ -179,12 +180,12 @@ func newClusterAdd(c *cli) *cobra.Command {
 	f.BoolVar(&o.yes, "yes", false, "pin what the API server says without a question")
 	f.StringArrayVar(&o.spec.AllowedRoles, "allow-role", nil, "ARN `pattern` of roles that associations may get, with * and ?; may be repeated (default every role of the account)")
 	f.StringArrayVar(&o.spec.AllowedAccounts, "allow-account", nil, "account `ID` that target roles may be of besides the cluster's own, or *; may be repeated")
-	f.StringVar(&o.review.Kubeconfig, "token-review", "", "kubeconfig `file`, on the server's machine, of a user who may create TokenReviews:\nthe API server is asked whether a token's pod still lives")
+	f.StringVar(&o.review.Kubeconfig, "token-review", "", "kubeconfig `file`, on the server's machine, of a user who may create TokenReviews:\nthe API server is asked whether a token's pod still lives; none takes it away")
 	f.StringVar(&o.review.Context, "token-review-context", "", "`context` in it")
 	f.StringVar(&o.review.OnOutage, "token-review-outage", association.OnOutageRefuse, "what to do while that API server is away: refuse (answer 503) or keys (go on with the keys alone)")
 	f.StringArrayVar(&o.spec.AgentServiceAccounts, "agent", nil, "`NAMESPACE/NAME` of a service account whose tokens prove a node; may be repeated")
 	f.StringArrayVar(&o.tags, "tag", nil, "`KEY=VALUE`; may be repeated")
-	f.BoolVar(&o.replace, "replace", false, "change the settings of a cluster that is there")
+	f.BoolVar(&o.replace, "replace", false, "change a cluster that is there; what is not given stays")
 	_ = cmd.RegisterFlagCompletionFunc("token-review-outage", cobra.FixedCompletions([]string{association.OnOutageRefuse, association.OnOutageKeys}, cobra.ShellCompDirectiveNoFileComp))
 	return cmd
 }
@@ -193,10 +194,10 @@ func newClusterAdd(c *cli) *cobra.Command {
 // meant as a limit.
 func (o *clusterFlags) check(cmd *cobra.Command) error {
 	fl := cmd.Flags()
-	for _, f := range []struct{ flag, needs string }{
-		{"context", "keys-from-kubeconfig"}, {"token-review-context", "token-review"}, {"token-review-outage", "token-review"},
+	for _, f := range []struct{ flag, needs, or string }{
+		{"context", "keys-from-kubeconfig", ""}, {"token-review-context", "token-review", "replace"}, {"token-review-outage", "token-review", "replace"},
 	} {
-		if o.file == "" && fl.Changed(f.flag) && !fl.Changed(f.needs) {
+		if o.file == "" && fl.Changed(f.flag) && !fl.Changed(f.needs) && (f.or == "" || !fl.Changed(f.or)) {
 			return usage("--%s says nothing without --%s", f.flag, f.needs)
 		}
 	}
@@ -230,13 +231,21 @@ func (c *cli) addCluster(cmd *cobra.Command, o clusterFlags) error {
 		if s.Tags, err = pairs("tag", o.tags); err != nil {
 			return err
 		}
-		if o.review.Kubeconfig != "" {
-			s.TokenReview = &o.review
-		}
-		if (o.keys == "") == (o.kubeconfig == "") {
-			return usage("give --keys or --keys-from-kubeconfig; see %s --help", cmd.CommandPath())
+		if o.keys != "" && o.kubeconfig != "" {
+			return usage("give --keys or --keys-from-kubeconfig, not both")
 		}
 		s.KeysFile = o.keys
+		if cmd.Flags().Changed("token-review") && o.review.Kubeconfig != noReview {
+			s.TokenReview = &o.review
+		}
+		if o.replace {
+			if err := c.keepOthers(cmd, &o, &s); err != nil {
+				return err
+			}
+		}
+		if o.keys == "" && o.kubeconfig == "" && len(s.Keys) == 0 {
+			return usage("give --keys or --keys-from-kubeconfig; see %s --help", cmd.CommandPath())
+		}
 	}
 	ask := false
 	if o.kubeconfig != "" {
@@ -271,6 +280,61 @@ func (c *cli) addCluster(cmd *cobra.Command, o clusterFlags) error {
 		return err
 	}
 	fmt.Fprintf(c.out, "%s is registered with %d keys\n", done.ARN, len(done.PinnedKeys))
+	return nil
+}
+
+// noReview as --token-review takes it away. An empty value does not: it is what
+// a script without its variable gives.
+const noReview = "none"
+
+// keepOthers takes what no flag names from the cluster that is there: a change
+// of keys must not lift limits that nobody thought of.
+func (c *cli) keepOthers(cmd *cobra.Command, o *clusterFlags, s *server.ClusterSpec) error {
+	was, err := c.client().Cluster(cmd.Context(), s.Name)
+	if errors.Is(err, server.ErrNotFound) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	given := cmd.Flags().Changed
+	for _, m := range []struct {
+		flag      string
+		into, was *string
+	}{{"region", &s.Region, &was.Region}, {"account", &s.Account, &was.Account}, {"arn", &s.ARN, &was.ARN}} {
+		if !given(m.flag) {
+			*m.into = *m.was
+		}
+	}
+	for _, m := range []struct {
+		flag      string
+		into, was *[]string
+	}{{"allow-role", &s.AllowedRoles, &was.AllowedRoles}, {"allow-account", &s.AllowedAccounts, &was.AllowedAccounts}, {"agent", &s.AgentServiceAccounts, &was.AgentServiceAccounts}} {
+		if !given(m.flag) {
+			*m.into = *m.was
+		}
+	}
+	// With other keys from an API server comes the issuer that it names.
+	if !given("issuer") && o.kubeconfig == "" {
+		s.Issuers = was.Issuers
+	}
+	if o.keys == "" && o.kubeconfig == "" {
+		s.Keys = was.Keys
+	}
+	if was.TokenReview == nil || o.review.Kubeconfig == noReview {
+		return nil
+	}
+	review := *was.TokenReview
+	if given("token-review") {
+		review.Kubeconfig, review.Context = o.review.Kubeconfig, "" // another file's contexts are others
+	}
+	if given("token-review-context") {
+		review.Context = o.review.Context
+	}
+	if given("token-review-outage") {
+		review.OnOutage = o.review.OnOutage
+	}
+	s.TokenReview = &review
 	return nil
 }
 

@@ -225,10 +225,10 @@ func (s *server) examineCluster(ctx context.Context, c association.Cluster) []Fi
 		out = append(out, fail(what, "find the record in the log; restore a snapshot, or take the record out with etcd's tools", "a record of it in the store is damaged: service accounts that seem to have no association are answered 503"))
 	}
 	if _, _, err := PinKeys(c.Keys); err != nil {
-		return append(out, fail(what, "latchkey-server cluster add --replace", "%v", err))
+		return append(out, fail(what, "latchkey-server cluster add "+c.Name+" --replace --keys FILE", "%v", err))
 	}
 	if c.TokenReview == nil {
-		return append(out, warn(what, "latchkey-server cluster add --replace … --token-review KUBECONFIG", "no TokenReview: a stolen token is good until it expires, though its pod be gone"))
+		return append(out, warn(what, "latchkey-server cluster add "+c.Name+" --replace --token-review KUBECONFIG", "no TokenReview: a stolen token is good until it expires, though its pod be gone"))
 	}
 	if err := reviewNothing(ctx, c.TokenReview); err != nil {
 		outage := "exchanges answer 503"
@@ -275,18 +275,18 @@ func compareKeys(c association.Cluster, published FetchedKeys) Finding {
 		return out
 	}
 	unpinned, unpublished := kids(theirs, in(ours)), kids(ours, in(theirs))
-	pin := "compare the fingerprints, then latchkey-server cluster add --replace with those keys"
+	pin := "compare the fingerprints, then latchkey-server cluster add " + c.Name + " --replace --keys FILE with those keys"
 	switch {
 	case len(unpinned) == len(theirs):
 		return fail(what, "correct tokenReview if its kubeconfig is another cluster's; else "+pin,
 			"%s signs tokens with none of them: it is another cluster's API server, or has new keys", published.Server)
 	case !slices.Contains(c.Issuers, published.Issuer):
-		return fail(what, "latchkey-server cluster add --replace … --issuer "+published.Issuer,
+		return fail(what, "latchkey-server cluster add "+c.Name+" --replace, with --issuer "+published.Issuer+" beside those that still count",
 			"%s makes tokens of issuer %s, which are refused: accepted is %s", published.Server, published.Issuer, strings.Join(c.Issuers, ", "))
 	case len(unpinned) > 0:
 		return warn(what, pin, "%s has keys that are not pinned, and tokens signed with those are refused: %s", published.Server, strings.Join(unpinned, ", "))
 	case len(unpublished) > 0:
-		return warn(what, "once no token is signed with it any more, latchkey-server cluster add --replace without it",
+		return warn(what, "once no token is signed with it any more, latchkey-server cluster add "+c.Name+" --replace --keys FILE without it",
 			"pinned, and not published by %s: %s", published.Server, strings.Join(unpublished, ", "))
 	}
 	return ok(what, "those that %s publishes, and its issuer", published.Server)

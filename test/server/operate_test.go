@@ -19,6 +19,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -26,6 +27,8 @@ import (
 
 	"github.com/aws/aws-sdk-go-v2/aws"
 	"github.com/aws/aws-sdk-go-v2/service/eks"
+
+	"github.com/latchkey-dev/latchkey/test/standin/tokens"
 )
 
 func listInput() *eks.ListPodIdentityAssociationsInput {
@@ -392,6 +395,52 @@ func TestLimitsOfCallers(t *testing.T) {
 	}
 	if r := newServer(t).try("", "serve", "--metrics-address", "", "--max-writes", "0"); r.code != 2 || !strings.Contains(r.stderr, "-1 for no limit") {
 		t.Errorf("%+v", r)
+	}
+}
+
+// A change of one setting lifts no limit and changes nothing else.
+func TestClusterReplace(t *testing.T) {
+	t.Parallel()
+	s := start(t)
+	old, next := newSigner(t), newSigner(t)
+	s.addCluster(cluster, old, "--allow-role", roleARN("web/*"), "--allow-account", "444455556666", "--agent", "kube-system/agent", "--tag", "a=b",
+		"--token-review", "/etc/reviewer", "--token-review-context", "c")
+	described := func() string { return s.cli("cluster", "describe", cluster, "-o", "json") }
+	modified := regexp.MustCompile(`"modifiedAt": "[^"]*"`)
+	before := modified.ReplaceAllString(described(), "")
+	both := writeFile(t, s.dir, "both.json", string(tokens.JWKS(old, next)))
+	s.cli("cluster", "add", cluster, "--replace", "--keys", both)
+	changed := described()
+	if !strings.Contains(changed, next.KeyID()) || !strings.Contains(changed, roleARN("web/*")) || !strings.Contains(changed, "/etc/reviewer") {
+		t.Errorf("after a change of keys:\n%s", changed)
+	}
+	s.cli("cluster", "add", cluster, "--replace", "--keys", writeFile(t, s.dir, "old.pub", string(old.PEM())))
+	if got := modified.ReplaceAllString(described(), ""); got != before {
+		t.Errorf("there and back:\n%s\nwas\n%s", got, before)
+	}
+	for _, c := range []struct {
+		flags     []string
+		has, lack string
+	}{
+		{[]string{"--token-review-outage", "keys"}, `"onOutage": "keys"`, `"onOutage": "refuse"`},
+		{[]string{"--token-review", "/etc/other"}, `"/etc/other"`, `"context"`},
+		{[]string{"--token-review", "none"}, roleARN("web/*"), "tokenReview"},
+		{[]string{"--allow-role", "*"}, `"444455556666"`, roleARN("web/*")},
+		{[]string{"--issuer", "https://a", "--issuer", "https://b"}, "https://b", old.Issuer()},
+	} {
+		s.cli(append([]string{"cluster", "add", cluster, "--replace"}, c.flags...)...)
+		if got := described(); !strings.Contains(got, c.has) || strings.Contains(got, c.lack) {
+			t.Errorf("%q:\n%s", c.flags, got)
+		}
+	}
+	// What a script gives without its variables is no wish.
+	for _, flag := range []string{"--allow-role", "--allow-account", "--agent", "--issuer", "--token-review"} {
+		if r := s.try("", "cluster", "add", cluster, "--replace", flag, ""); r.code != 2 {
+			t.Errorf("%s with nothing: %+v", flag, r)
+		}
+	}
+	if r := s.try("", "cluster", "add", "new", "--replace", "--region", region, "--account", account); r.code != 2 || !strings.Contains(r.stderr, "give --keys") {
+		t.Errorf("a new cluster without keys: %+v", r)
 	}
 }
 
