@@ -432,7 +432,7 @@ func (n *neighbour) wasServed(t *testing.T) {
 	n.stop()
 	<-n.done
 	if len(n.failed) > 0 || n.served == 0 {
-		t.Errorf("the neighbour was served %d times and failed %d times: %.5q", n.served, len(n.failed), n.failed)
+		t.Errorf("the neighbour was served %d times and failed %d times: %q", n.served, len(n.failed), n.failed[:min(len(n.failed), 5)])
 	}
 }
 

@@ -6,6 +6,7 @@ package attacks
 
 import (
 	"bytes"
+	"math"
 	"os"
 	"strings"
 	"testing"
@@ -43,7 +44,7 @@ func TestProof(t *testing.T) {
 			must(a, err)
 			return c
 		}},
-		{"outermost_pod", somebody, testnode.PodConfig{}, func(a *attack) catch { return a.fromForgedDirectory("") }},
+		{"outermost_pod", somebody, testnode.PodConfig{HostNetwork: true}, func(a *attack) catch { return a.fromForgedDirectory("") }},
 		{"pod_liveness", somebody, testnode.PodConfig{}, func(a *attack) catch {
 			_, after := a.overEndedPods()
 			return after
@@ -74,6 +75,8 @@ func TestProofOfService(t *testing.T) {
 	} {
 		t.Run(p.off, func(t *testing.T) {
 			a := on(t, ownNode(t, p.off), p.who, OutOfScope)
+			// Nothing protects the neighbour, either.
+			a.failures = math.MaxInt
 			a.counted(p.attack(a), noEvidence)
 			a.seen[OutOfScope] = true
 		})

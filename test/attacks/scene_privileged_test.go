@@ -405,7 +405,7 @@ func onWith(t *testing.T, s *scene, who user, want Outcome, victim, thief testno
 			return nil
 		})
 		if f := s.quiet.failures(); len(f) > a.failures {
-			t.Errorf("the neighbour was refused %d times: %.3q", len(f)-a.failures, f[a.failures:])
+			t.Errorf("the neighbour was refused %d times: %q", len(f)-a.failures, f[a.failures:min(len(f), a.failures+3)])
 		}
 		now := s.counters(t)
 		for _, e := range programErrors() {

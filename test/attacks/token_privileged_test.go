@@ -5,6 +5,7 @@
 package attacks
 
 import (
+	"context"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -81,6 +82,17 @@ func TestAttackHostCgroupMount(t *testing.T) {
 		must(t, err)
 		a.refused(c, foreignNetns)
 		a.served(a.victim)
+	})
+	// A process that is older than the victim's pod is the oldest in its cgroup,
+	// as the process that holds a pod's network namespace is.
+	as(t, root, Refused, func(a *attack) {
+		thief := a.thiefs()
+		younger := a.newPod(t, "younger", testnode.PodConfig{})
+		a.Cleanup(func() { younger.Delete(context.Background()) })
+		must(t, thief.try("join cgroup", younger.Place().CgroupDir(), nil))
+		a.refused(thief.ask(askOptions{}, younger.Token), foreignNetns)
+		a.served(younger)
+		a.refused(thief.ask(askOptions{}, younger.Token), foreignNetns)
 	})
 }
 
