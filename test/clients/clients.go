@@ -15,7 +15,7 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"net/http/httptrace"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
@@ -143,25 +143,7 @@ type HoldResult struct {
 // through no proxy. It returns when in ends.
 func Hold(ctx context.Context, in io.Reader, out io.Writer) error {
 	h := holder{uri: os.Getenv(EnvURI)}
-	dialer := &net.Dialer{}
-	transport := &http.Transport{
-		MaxConnsPerHost:     1,
-		MaxIdleConnsPerHost: 1,
-		// Kept for as long as the server does.
-		IdleConnTimeout: 0,
-		DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
-			h.connections++
-			return dialer.DialContext(ctx, network, address)
-		},
-	}
-	defer transport.CloseIdleConnections()
-	h.client = &http.Client{
-		Transport: transport,
-		Timeout:   30 * time.Second,
-		CheckRedirect: func(*http.Request, []*http.Request) error {
-			return http.ErrUseLastResponse
-		},
-	}
+	defer h.drop()
 	lines := bufio.NewScanner(in)
 	encoder := json.NewEncoder(out)
 	for lines.Scan() {
@@ -186,12 +168,25 @@ func Hold(ctx context.Context, in io.Reader, out io.Writer) error {
 	return nil
 }
 
+// requestTimeout bounds one request of [Hold].
+const requestTimeout = 30 * time.Second
+
+// holder speaks HTTP itself: http.Transport gives up a good connection whose
+// writer has not been heard of 50 ms after the answer, as happens to a client
+// that is given little CPU time.
 type holder struct {
-	uri    string
-	client *http.Client
-	// Requests follow each other, and none is retried on a new connection
-	// while another is dialed.
+	uri string
+	// conn is nil before the first request and after one that ended it.
+	conn        net.Conn
+	r           *bufio.Reader
 	connections int
+}
+
+func (h *holder) drop() {
+	if h.conn != nil {
+		_ = h.conn.Close()
+		h.conn = nil
+	}
 }
 
 func (h *holder) get(ctx context.Context, tokenFile string) HoldResult {
@@ -212,9 +207,11 @@ func (h *holder) do(ctx context.Context, tokenFile string) (HoldResult, error) {
 	if err != nil {
 		return result, fmt.Errorf("reading the token: %w", err)
 	}
-	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
-		GotConn: func(info httptrace.GotConnInfo) { result.Local = info.Conn.LocalAddr().String() },
-	})
+	if strings.ContainsAny(string(token), "\r\n") {
+		return result, errors.New("the token has a line break, which no header can have")
+	}
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, h.uri, nil)
 	if err != nil {
 		return result, fmt.Errorf("making a request: %w", err)
@@ -224,16 +221,11 @@ func (h *holder) do(ctx context.Context, tokenFile string) (HoldResult, error) {
 	req.Header.Set("User-Agent", "aws-sdk-go-v2")
 	// net/http would ask for compression; the SDK asks for none.
 	req.Header.Set("Accept-Encoding", "identity")
-	resp, err := h.client.Do(req)
+	resp, body, err := h.exchange(req, &result)
 	if err != nil {
 		return result, err
 	}
-	defer resp.Body.Close()
 	result.Status, result.Closed = resp.StatusCode, resp.Close
-	body, err := io.ReadAll(io.LimitReader(resp.Body, maxBody))
-	if err != nil {
-		return result, fmt.Errorf("reading the response: %w", err)
-	}
 	if resp.StatusCode != http.StatusOK {
 		result.Body = string(body)
 		return result, nil
@@ -245,6 +237,69 @@ func (h *holder) do(ctx context.Context, tokenFile string) (HoldResult, error) {
 	}
 	result.AccessKeyID, result.AccountID = creds.AccessKeyId, creds.AccountId
 	return result, nil
+}
+
+// exchange makes the request on the connection that is kept, or on another one if
+// the server has closed that in between.
+func (h *holder) exchange(req *http.Request, result *HoldResult) (*http.Response, []byte, error) {
+	for {
+		kept := h.conn != nil
+		if !kept {
+			var err error
+			h.connections++
+			if h.conn, err = (&net.Dialer{}).DialContext(req.Context(), "tcp", authority(req.URL)); err != nil {
+				h.conn = nil
+				return nil, nil, err
+			}
+			h.r = bufio.NewReader(h.conn)
+		}
+		result.Local = h.conn.LocalAddr().String()
+		resp, body, err := h.onConnection(req)
+		if err == nil {
+			if resp.Close {
+				h.drop()
+			}
+			return resp, body, nil
+		}
+		h.drop()
+		if err := req.Context().Err(); err != nil {
+			return nil, nil, err
+		}
+		if !kept || resp != nil {
+			return nil, nil, err
+		}
+	}
+}
+
+// onConnection gives no response, only an error, if none has begun.
+func (h *holder) onConnection(req *http.Request) (*http.Response, []byte, error) {
+	conn := h.conn
+	stop := context.AfterFunc(req.Context(), func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
+	defer stop()
+	// Who is turned away may be told before all is written.
+	werr := req.Write(conn)
+	if _, err := h.r.Peek(1); err != nil {
+		return nil, nil, errors.Join(werr, err)
+	}
+	resp, err := http.ReadResponse(h.r, req)
+	if err != nil {
+		return &http.Response{}, nil, err
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxBody))
+	if err != nil {
+		return resp, nil, fmt.Errorf("reading the response: %w", err)
+	}
+	resp.Close = resp.Close || werr != nil || len(body) == maxBody
+	return resp, body, nil
+}
+
+func authority(u *url.URL) string {
+	port := u.Port()
+	if port == "" {
+		port = "80"
+	}
+	return net.JoinHostPort(u.Hostname(), port)
 }
 
 // JSProvider is one of the JavaScript clients.
