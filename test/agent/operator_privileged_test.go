@@ -290,7 +290,7 @@ func TestPrivilegedCLI(t *testing.T) {
 		text string
 	}{
 		{"outside every pod", []string{"whois", fmt.Sprint(w.agent.PID())}, 0, "none: outside"},
-		{"nobody", []string{"whois", "2147483647"}, 3, "process 2147483647"},
+		{"nobody", []string{"whois", "4194304"}, 3, "process 4194304"},
 		{"an unknown connection", []string{"whois", "10.88.0.99:1"}, 3, "no recent connection"},
 		{"an unknown cgroup", []string{"whois", "/kubepods/nothing"}, 3, "no cgroup"},
 		{"a cgroup outside the tree", []string{"whois", "/../../etc"}, 3, ""},
