@@ -68,19 +68,17 @@ type podNetns struct {
 	// Cookies are not reused, so once learned it needs no second look; zero if
 	// not learned yet.
 	cookie atomic.Uint64
+	// confirmed is the sandbox that was compared with those of all other pods.
+	confirmed atomic.Pointer[sandbox]
 
 	mu       sync.Mutex // one reader of /proc per pod at a time
 	lastWalk time.Time
 }
 
-// walkEvery bounds how often one pod's processes are searched for its sandbox
-// if the search keeps finding none, or not the one a connection came from. A
-// pod with nested namespaces, or in an agent that does not see its processes,
-// would otherwise cost a search per connection.
-const walkEvery = time.Second
-
-// walkSoon is the bound while a pod's sandbox is not known at all. Its first
-// search may have come before its first process; for as long as none follows,
+// walkSoon bounds how often one pod's processes are searched for its sandbox if
+// the search keeps finding none: in an agent that does not see its processes it
+// would otherwise cost a search per connection. It is short, as a pod's first
+// search may have come before its first process, and for as long as none follows
 // its namespace passes for one that nobody knows. A container cannot be started
 // in a sandbox, reach another pod's cgroup and connect in so short a time.
 const walkSoon = 10 * time.Millisecond
@@ -133,11 +131,20 @@ func (x *Index) CheckNetns(p *Pod, cookie evidence.NetnsCookie, inode evidence.N
 	if cookie == 0 {
 		// Without cookies (before 5.14) the cached inode is what there is. It
 		// is looked after by every rescan.
-		if sb := p.netns.sandbox.Load(); sb != nil && inode != 0 && sb.inode == inode {
+		if sb := p.netns.sandbox.Load(); sb != nil && inode != 0 && sb.inode == inode && (sb == p.netns.confirmed.Load() || x.cfg.HostNetns == 0) {
 			return NetnsOwn
 		}
 	}
-	sb := x.freshSandbox(p, func(sb *sandbox) bool { return x.matches(sb, cookie, inode) })
+	sb := x.freshSandbox(p)
+	if sb != nil && x.cfg.HostNetns != 0 && sb != p.netns.confirmed.Load() {
+		// It may be a process of another pod's that was moved here, in a
+		// namespace that is known as that pod's only if its sandbox is.
+		x.learnMissingPods()
+		x.learnMissingSandboxes()
+		if sb = x.freshSandbox(p); sb != nil {
+			p.netns.confirmed.Store(sb)
+		}
+	}
 	if x.matches(sb, cookie, inode) {
 		if cookie != 0 {
 			p.netns.cookie.Store(uint64(cookie))
@@ -170,7 +177,7 @@ func (x *Index) CheckNetns(p *Pod, cookie evidence.NetnsCookie, inode evidence.N
 		// The same number, another namespace.
 		return NetnsUnknown
 	}
-	theirs := x.freshSandbox(other, nil)
+	theirs := x.freshSandbox(other)
 	if theirs == nil || theirs.inode != inode || other.Ended() {
 		return NetnsUnknown
 	}
@@ -188,42 +195,47 @@ func (x *Index) matches(sb *sandbox, cookie evidence.NetnsCookie, inode evidence
 	return inode != 0 && sb.inode == inode && !x.isHost(0, sb.inode)
 }
 
+// strays says whether a process that was found in a pod's cgroup is in another
+// pod's network namespace. Who can write the host's cgroup tree can move a
+// process that is older than the pod; older than the process that holds the
+// namespace which it came from it is not, but it may be that process.
+func (x *Index) strays(p *Pod, sb *sandbox) bool {
+	owner := x.sandboxOwner(sb.inode)
+	if owner == nil || owner.UID == p.UID || owner.Ended() || x.cfg.HostNetns == 0 {
+		return false
+	}
+	theirs := owner.netns.sandbox.Load()
+	return theirs != nil && theirs.inode == sb.inode &&
+		cmp.Or(cmp.Compare(theirs.start, sb.start), cmp.Compare(theirs.pid, sb.pid)) <= 0 && x.stillSandbox(theirs)
+}
+
 // freshSandbox returns the pod's sandbox as it is now, nil if it cannot be told.
-// The known one is kept if its process still is what it was and want, if given,
-// accepts it; else the pod's processes are searched, at most once in walkEvery,
-// or in walkSoon if there is none.
-func (x *Index) freshSandbox(p *Pod, want func(*sandbox) bool) *sandbox {
+// The known one is kept while its process is what it was, whoever else is in the
+// pod's cgroup by now; else the pod's processes are searched, at most once in
+// walkSoon.
+func (x *Index) freshSandbox(p *Pod) *sandbox {
 	n := &p.netns
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	known := n.sandbox.Load()
 	if known != nil {
 		x.sandboxVerifies.Add(1)
-		if !x.stillSandbox(known) {
-			known = nil
-			x.setSandbox(p, nil)
+		if x.stillSandbox(known) && !x.strays(p, known) {
+			return known
 		}
-	}
-	if known != nil && (want == nil || want(known)) {
-		return known
-	}
-	every := walkEvery
-	if known == nil {
-		every = walkSoon
+		x.setSandbox(p, nil)
 	}
 	now := x.cfg.Now()
-	if !n.lastWalk.IsZero() && now.Sub(n.lastWalk) < every && now.Sub(n.lastWalk) >= 0 {
-		return known
+	if !n.lastWalk.IsZero() && now.Sub(n.lastWalk) < walkSoon && now.Sub(n.lastWalk) >= 0 {
+		return nil
 	}
 	n.lastWalk = now
 	x.sandboxWalks.Add(1)
-	// A search that finds nothing (a limit, a race) does not unmake a sandbox
-	// whose process was verified above.
-	if found := x.findSandbox(p); found != nil && (known == nil || *found != *known) {
+	found := x.findSandbox(p)
+	if found != nil {
 		x.setSandbox(p, found)
-		return found
 	}
-	return known
+	return found
 }
 
 // setSandbox changes what is known of a pod; nil: nothing.
@@ -247,7 +259,7 @@ func (x *Index) learnSandboxes(ctx context.Context) {
 			return
 		}
 		if !p.Ended() {
-			x.freshSandbox(p, nil)
+			x.freshSandbox(p)
 		}
 	}
 }
@@ -297,7 +309,7 @@ func (x *Index) learnMissingSandboxes() {
 	now := x.cfg.Now()
 	for _, p := range x.snapshot() {
 		if p.netns.sandbox.Load() == nil || now.Sub(p.FirstSeen) < settling {
-			x.freshSandbox(p, nil)
+			x.freshSandbox(p)
 		}
 	}
 }
@@ -352,7 +364,7 @@ func (x *Index) findSandbox(p *Pod) *sandbox {
 		return cmp.Or(cmp.Compare(a.start, b.start), cmp.Compare(a.pid, b.pid))
 	})
 	for _, c := range procs[:min(len(procs), maxSandboxTries)] {
-		if sb := x.sandboxOf(c); sb != nil {
+		if sb := x.sandboxOf(c); sb != nil && !x.strays(p, sb) {
 			return sb
 		}
 	}

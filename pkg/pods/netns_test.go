@@ -168,6 +168,75 @@ func TestNetnsOfPodSearchedWhileItsSandboxWasMade(t *testing.T) {
 	}
 }
 
+// A process of pod A that is older than pod B is moved into B's cgroup: it is the
+// oldest there, and B's sandbox all the same is not where it is.
+func TestProcessMovedIntoAnotherPod(t *testing.T) {
+	moved := func(n *node, pids ...int) {
+		n.procs(dirA + "/app")
+		n.procs(dirB+"/app", append(pids, 201)...)
+	}
+	for name, move := range map[string]func(*testing.T, *node){
+		"both are known": func(t *testing.T, n *node) {
+			n.x.learnSandboxes(t.Context())
+			moved(n, 101)
+		},
+		"nobody is known": func(_ *testing.T, n *node) { moved(n, 101) },
+		"when only B had been searched": func(t *testing.T, n *node) {
+			moved(n, 101)
+			if sb := n.x.freshSandbox(n.b); sb == nil || sb.inode != 11 {
+				t.Fatalf("the test's beginning: %+v", sb)
+			}
+		},
+		"with more of them than are looked at": func(t *testing.T, n *node) {
+			var many []int
+			for pid := 110; pid < 110+2*maxSandboxTries; pid++ {
+				process(t, n.procfs, pid, uint64(pid), 11)
+				many = append(many, pid)
+			}
+			moved(n, many...)
+		},
+		"the one that held A's namespace": func(t *testing.T, n *node) {
+			n.x.learnSandboxes(t.Context())
+			n.procs(dirA + "/pause")
+			moved(n, 100)
+			rmProc(t, n, 200)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := newNode(t)
+			move(t, n)
+			for range 3 {
+				for _, cookie := range []evidence.NetnsCookie{1011, 0} {
+					if got := n.x.CheckNetns(n.b, cookie, 11); got != NetnsOtherPod {
+						t.Errorf("cookie %d: got %v, want %v", cookie, got, NetnsOtherPod)
+					}
+				}
+				n.clock = n.clock.Add(time.Second)
+			}
+			// Neither pod is worse off in its own.
+			for p, inode := range map[*Pod]evidence.NetnsInode{n.a: 11, n.b: 22} {
+				if got := n.x.CheckNetns(p, 0, inode); got != NetnsOwn && got != NetnsUnknown {
+					t.Errorf("%s in its own: %v", p.UID, got)
+				}
+			}
+		})
+	}
+}
+
+// The same of a pod on the host network: B has been seen to be elsewhere.
+func TestProcessMovedFromTheHostNetwork(t *testing.T) {
+	n := newNode(t)
+	n.x.learnSandboxes(t.Context())
+	process(t, n.procfs, 150, 150, hostInode)
+	n.procs(dirB+"/app", 150, 201)
+	for range 3 {
+		n.clock = n.clock.Add(time.Second)
+		if got := n.x.CheckNetns(n.b, hostCookie, hostInode); got != NetnsHostNotAllowed {
+			t.Errorf("got %v, want %v", got, NetnsHostNotAllowed)
+		}
+	}
+}
+
 func podA(n *node) *Pod { return n.a }
 func podC(n *node) *Pod { return n.c }
 
@@ -200,7 +269,7 @@ func TestReusedInode(t *testing.T) {
 	}
 	n.procs(dirA+"/pause", 110)
 	process(t, n.procfs, 110, 1000, 22)
-	n.clock = n.clock.Add(walkEvery)
+	n.clock = n.clock.Add(walkSoon)
 	if got := n.x.CheckNetns(n.a, 1122, 22); got != NetnsOwn {
 		t.Errorf("own namespace with a reused number: %v", got)
 	}
@@ -232,7 +301,7 @@ func TestStaleFactsDoNotRefuse(t *testing.T) {
 				t.Fatalf("before: %v", got)
 			}
 			change(t, n)
-			n.clock = n.clock.Add(walkEvery)
+			n.clock = n.clock.Add(walkSoon)
 			if got := n.x.CheckNetns(n.a, 1022, 22); got != NetnsUnknown {
 				t.Errorf("after: %v", got)
 			}
@@ -262,7 +331,7 @@ func TestHostNetworkOnFreshFacts(t *testing.T) {
 		t.Fatal(got)
 	}
 	process(t, n.procfs, 100, 100, hostInode)
-	n.clock = n.clock.Add(walkEvery)
+	n.clock = n.clock.Add(walkSoon)
 	if got := n.x.CheckNetns(n.a, hostCookie, hostInode); got != NetnsOwn {
 		t.Errorf("its sandbox is in the host's: %v", got)
 	}
@@ -300,7 +369,7 @@ func TestProcessesNotVisible(t *testing.T) {
 	if got := n.x.sandboxWalks.Load(); got != 1 {
 		t.Errorf("%d searches", got)
 	}
-	n.clock = n.clock.Add(walkEvery)
+	n.clock = n.clock.Add(walkSoon)
 	n.procs(dirA+"/pause", 100)
 	if got := n.x.CheckNetns(n.a, 0, 11); got != NetnsOwn {
 		t.Errorf("once they are visible: %v", got)

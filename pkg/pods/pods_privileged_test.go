@@ -238,7 +238,7 @@ func TestForgedDirectories(t *testing.T) {
 func TestRealNetworkNamespaces(t *testing.T) {
 	var ticks atomic.Int64 // every look at the clock is far from the last one
 	n := newRealNode(t, func(c *Config) {
-		c.Now = func() time.Time { return time.Unix(0, 0).Add(walkEvery * time.Duration(ticks.Add(1))) }
+		c.Now = func() time.Time { return time.Unix(0, 0).Add(walkSoon * time.Duration(ticks.Add(1))) }
 	})
 	start(t, n.x, n.x.Run)
 	host := n.x.cfg.HostNetns

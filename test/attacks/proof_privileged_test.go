@@ -44,6 +44,7 @@ func TestProof(t *testing.T) {
 			must(a, err)
 			return c
 		}},
+		// The same: the forged pod's namespace would be the thief's pod's.
 		{"outermost_pod", somebody, testnode.PodConfig{HostNetwork: true}, func(a *attack) catch { return a.fromForgedDirectory("") }},
 		{"pod_liveness", somebody, testnode.PodConfig{}, func(a *attack) catch {
 			_, after := a.overEndedPods()
