@@ -10,6 +10,7 @@ package issuer
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -22,6 +23,7 @@ import (
 	"github.com/aws/aws-sdk-go-v2/aws"
 	awsmiddleware "github.com/aws/aws-sdk-go-v2/aws/middleware"
 	"github.com/aws/aws-sdk-go-v2/aws/retry"
+	awshttp "github.com/aws/aws-sdk-go-v2/aws/transport/http"
 	awsconfig "github.com/aws/aws-sdk-go-v2/config"
 	"github.com/aws/aws-sdk-go-v2/credentials"
 	"github.com/aws/aws-sdk-go-v2/service/sts"
@@ -108,7 +110,7 @@ type Config struct {
 	// Duration of sessions, MinDuration to MaxDuration. Zero means
 	// DefaultDuration. Sessions of target roles have an hour at most.
 	Duration time.Duration
-	// Transport carries the calls; nil means one of its own, which keeps
+	// Transport carries the calls; nil means one of NewTransport, which keeps
 	// connections. A transport and not a client, because a client may follow a
 	// redirect.
 	Transport http.RoundTripper
@@ -160,16 +162,17 @@ func New(ctx context.Context, cfg Config) (*Issuer, error) {
 			return nil, fmt.Errorf("%w: endpoint %q: need http:// or https:// and a host, and nothing but a path behind", ErrConfig, u.Redacted())
 		}
 	}
+	var own aws.Config
 	if cfg.Credentials == nil {
-		a, err := awsconfig.LoadDefaultConfig(ctx)
-		if err != nil {
+		var err error
+		if own, err = awsconfig.LoadDefaultConfig(ctx); err != nil {
 			return nil, fmt.Errorf("%w: reading the AWS configuration: %w", ErrConfig, err)
 		}
-		cfg.Credentials = a.Credentials
+		cfg.Credentials = own.Credentials
 	}
-	own, cached := cfg.Credentials.(*aws.CredentialsCache)
+	cache, cached := cfg.Credentials.(*aws.CredentialsCache)
 	if !cached {
-		own = aws.NewCredentialsCache(cfg.Credentials)
+		cache = aws.NewCredentialsCache(cfg.Credentials)
 	}
 	if cfg.AttemptTimeout <= 0 {
 		cfg.AttemptTimeout = DefaultAttemptTimeout
@@ -184,7 +187,7 @@ func New(ctx context.Context, cfg Config) (*Issuer, error) {
 		cfg.MaxBackoff = DefaultMaxBackoff
 	}
 	if cfg.Transport == nil {
-		cfg.Transport = newTransport()
+		cfg.Transport = NewTransport(own)
 	}
 	if cfg.UserAgent == "" {
 		cfg.UserAgent = "latchkey-server"
@@ -200,7 +203,7 @@ func New(ctx context.Context, cfg Config) (*Issuer, error) {
 	}
 	return &Issuer{
 		cfg: cfg,
-		own: own,
+		own: cache,
 		// One for all: its budget of retries is what keeps an ailing STS from being
 		// asked three times as often.
 		retryer: retry.NewStandard(func(o *retry.StandardOptions) {
@@ -211,8 +214,18 @@ func New(ctx context.Context, cfg Config) (*Issuer, error) {
 	}, nil
 }
 
-func newTransport() http.RoundTripper {
+// NewTransport makes what carries calls of STS unless Config says otherwise. It
+// believes the CA bundle that the AWS configuration names (AWS_CA_BUNDLE or
+// ca_bundle), if it names one, as every SDK does.
+func NewTransport(own aws.Config) http.RoundTripper {
+	var trust *tls.Config
+	if c, ok := own.HTTPClient.(*awshttp.BuildableClient); ok {
+		if t := c.GetTransport().TLSClientConfig; t != nil && t.RootCAs != nil {
+			trust = &tls.Config{RootCAs: t.RootCAs, MinVersion: tls.VersionTLS12}
+		}
+	}
 	return &http.Transport{
+		TLSClientConfig:        trust,
 		Proxy:                  http.ProxyFromEnvironment,
 		DialContext:            (&net.Dialer{Timeout: time.Second, KeepAlive: 15 * time.Second}).DialContext,
 		TLSHandshakeTimeout:    time.Second,

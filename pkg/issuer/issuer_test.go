@@ -6,12 +6,19 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"log/slog"
 	"maps"
 	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -558,6 +565,41 @@ func TestRegionalEndpoints(t *testing.T) {
 	}
 	if len(i.clients) != 4 {
 		t.Errorf("%d clients", len(i.clients))
+	}
+}
+
+// An STS-compatible server has a certificate of its own CA as a rule.
+func TestCABundle(t *testing.T) {
+	r := start(t)
+	plain, err := url.Parse(r.sts.URL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	proxy := httputil.NewSingleHostReverseProxy(plain)
+	private := httptest.NewUnstartedServer(proxy)
+	private.Config.ErrorLog = log.New(io.Discard, "", 0)
+	private.StartTLS()
+	t.Cleanup(private.Close)
+	bundle := filepath.Join(t.TempDir(), "ca.pem")
+	if err := os.WriteFile(bundle, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: private.Certificate().Raw}), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("AWS_ACCESS_KEY_ID", keyID)
+	t.Setenv("AWS_SECRET_ACCESS_KEY", secret)
+	t.Setenv("AWS_SESSION_TOKEN", "")
+	for _, file := range []string{"", bundle} {
+		t.Setenv("AWS_CA_BUNDLE", file)
+		i, err := New(t.Context(), Config{Endpoint: private.URL, MaxAttempts: 1, AttemptTimeout: time.Minute, Timeout: time.Minute})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := i.Issue(t.Context(), request()); (err == nil) != (file != "") || err != nil && !errors.Is(err, ErrUnavailable) {
+			t.Errorf("CA bundle %q: %v", file, err)
+		}
+	}
+	t.Setenv("AWS_CA_BUNDLE", bundle+".none")
+	if _, err := New(t.Context(), Config{Endpoint: private.URL}); !errors.Is(err, ErrConfig) {
+		t.Errorf("a bundle that is not there: %v", err)
 	}
 }
 

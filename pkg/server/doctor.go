@@ -23,6 +23,7 @@ import (
 	"k8s.io/client-go/kubernetes"
 
 	"github.com/latchkey-dev/latchkey/pkg/association"
+	"github.com/latchkey-dev/latchkey/pkg/issuer"
 	"github.com/latchkey-dev/latchkey/pkg/satoken"
 	"github.com/latchkey-dev/latchkey/pkg/tokencheck"
 )
@@ -174,14 +175,15 @@ func (s *server) askSTS(ctx context.Context) Finding {
 		region = all[0].Region
 	}
 	var date time.Time
-	cfg, err := config.LoadDefaultConfig(ctx, config.WithRegion(region), config.WithHTTPClient(&http.Client{
-		Transport: dateTransport{http.DefaultTransport, &date},
-	}))
+	cfg, err := config.LoadDefaultConfig(ctx, config.WithRegion(region))
 	if err != nil {
 		return fail(what, "correct the AWS configuration (AWS_PROFILE, ~/.aws and so on)", "%s", oneLine(err.Error()))
 	}
 	// The endpoint that the exchanges call, and not one that the environment names.
-	options := sts.Options{Region: region, Credentials: cfg.Credentials, HTTPClient: cfg.HTTPClient, RetryMaxAttempts: 2}
+	options := sts.Options{
+		Region: region, Credentials: cfg.Credentials, RetryMaxAttempts: 2,
+		HTTPClient: &http.Client{Transport: dateTransport{issuer.NewTransport(cfg), &date}},
+	}
 	if s.cfg.STSEndpoint != "" {
 		options.BaseEndpoint = aws.String(s.cfg.STSEndpoint)
 	}

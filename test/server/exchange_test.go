@@ -113,7 +113,9 @@ func TestExchange(t *testing.T) {
 	stsServer.AddRole(sts.Role{ARN: "arn:aws:iam::444455556666:role/target", ExternalID: "us-west-2/111122223333/prod/two/hops", Trusts: []string{roleARN("hop")}})
 
 	s := newServer(t, "--sts-endpoint", stsServer.URL)
-	s.env = []string{"AWS_ACCESS_KEY_ID=AKIASERVER0000000000", "AWS_SECRET_ACCESS_KEY=server's own"}
+	// A CA bundle, too: the SDK takes none with just any HTTP client.
+	certificate(t, s.dir, 1)
+	s.env = []string{"AWS_ACCESS_KEY_ID=AKIASERVER0000000000", "AWS_SECRET_ACCESS_KEY=server's own", "AWS_CA_BUNDLE=" + filepath.Join(s.dir, "tls.crt")}
 	s.serve()
 	signer, foreign := newSigner(t), newSigner(t)
 	s.addCluster(cluster, signer, "--allow-account", "444455556666")
