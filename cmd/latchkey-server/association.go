@@ -91,15 +91,17 @@ func (c *cli) associationCreate() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "create", Short: "Give the pods of a service account a role", Args: commandline.NoArgs,
 		Example: "  latchkey-server association create -c prod -n web -s api -r arn:aws:iam::111122223333:role/web-reader",
-		RunE: func(cmd *cobra.Command, _ []string) (err error) {
+		RunE: func(cmd *cobra.Command, _ []string) error {
 			if o.sel.Cluster == "" || o.sel.Namespace == "" || o.sel.ServiceAccount == "" || o.spec.RoleARN == "" {
 				return usage("give --cluster, --namespace, --service-account and --role")
 			}
 			s := o.spec
 			s.Cluster, s.Namespace, s.ServiceAccount = o.sel.Cluster, o.sel.Namespace, o.sel.ServiceAccount
-			if s.Policy, err = c.policy(&o); err != nil {
+			policy, err := c.policy(&o)
+			if err != nil {
 				return err
 			}
+			s.Policy = server.PolicyText(policy)
 			if s.Tags, err = pairs("tag", o.tags); err != nil {
 				return err
 			}
@@ -355,7 +357,7 @@ func printAssociation(w io.Writer, a server.AssociationSpec) {
 	row("role", a.RoleARN)
 	row("target role", a.TargetRoleARN)
 	row("external id", a.ExternalID)
-	row("policy", a.Policy)
+	row("policy", string(a.Policy))
 	if a.DisableSessionTags {
 		row("session tags", "disabled")
 	}

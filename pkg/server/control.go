@@ -204,7 +204,7 @@ func (c *control) find(ctx context.Context, cluster, namespace, serviceAccount, 
 func (c *control) create(ctx context.Context, who string, s AssociationSpec) (association.Association, error) {
 	a, err := c.store.Create(ctx, association.CreateInput{
 		Cluster: s.Cluster, Namespace: s.Namespace, ServiceAccount: s.ServiceAccount, RoleARN: s.RoleARN,
-		TargetRoleARN: nonEmpty(s.TargetRoleARN), Policy: nonEmpty(s.Policy),
+		TargetRoleARN: nonEmpty(s.TargetRoleARN), Policy: nonEmpty(string(s.Policy)),
 		DisableSessionTags: s.DisableSessionTags, Tags: s.Tags, ClientToken: uuid.NewString(),
 	})
 	var after any = s.declared()
@@ -305,8 +305,8 @@ func updateFor(is association.Association, wished AssociationSpec) Update {
 	if is.TargetRoleARN != wished.TargetRoleARN {
 		u.TargetRoleARN = &wished.TargetRoleARN
 	}
-	if is.Policy != wished.Policy {
-		u.Policy = &wished.Policy
+	if policy := string(wished.Policy); is.Policy != policy {
+		u.Policy = &policy
 	}
 	if is.DisableSessionTags != wished.DisableSessionTags {
 		u.DisableSessionTags = &wished.DisableSessionTags

@@ -106,6 +106,26 @@ func TestControlImport(t *testing.T) {
 	if p, err = c.importFile(ctx, "me", file, true, true); err != nil || len(p.Changes) != 0 || p.Unchanged != 2 {
 		t.Errorf("the second time: %+v, %v", p, err)
 	}
+	// A policy may be written as YAML, and is as good as its text.
+	const text = `{"Statement":[{"Action":"s3:*","Effect":"Allow"}],"Version":"2012-10-17"}`
+	var read []AssociationFile
+	for _, policy := range []string{"{Version: 2012-10-17, Statement: [{Effect: Allow, Action: 's3:*'}]}", "'" + text + "'"} {
+		if read, err = ParseAssociations([]byte("clusterName: prod\nassociations:\n- {namespace: a, serviceAccount: two, roleArn: \"" + role + "r\", disableSessionTags: true, policy: " + policy + "}\n")); err != nil {
+			t.Fatal(err)
+		}
+		if p, err = c.importFile(ctx, "me", read[0], false, false); err != nil || p.Failed() != 0 {
+			t.Errorf("%s: %+v, %v", policy, p, err)
+		}
+		if a, err := c.find(ctx, "prod", "a", "two", ""); err != nil || a.Policy != text {
+			t.Errorf("%s: %+v, %v", policy, a, err)
+		}
+	}
+	if len(p.Changes) != 0 {
+		t.Errorf("the text of the same policy: %+v", p.Changes)
+	}
+	if _, err := ParseAssociations([]byte("clusterName: prod\nassociations:\n- {namespace: a, serviceAccount: b, roleArn: r, policy: [1]}\n")); !errors.Is(err, ErrConfig) {
+		t.Errorf("a list for a policy: %v", err)
+	}
 	// A step is done as a whole or not at all.
 	file.Associations[0].RoleARN, file.Associations[0].Tags = role+"u", map[string]string{"aws:l": "w"}
 	if p, err = c.importFile(ctx, "me", file, true, false); err != nil || p.Failed() != 1 {

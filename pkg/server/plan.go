@@ -133,7 +133,7 @@ func differences(is, wished AssociationSpec) []Difference {
 	}
 	add("roleArn", is.RoleARN, wished.RoleARN)
 	add("targetRoleArn", is.TargetRoleARN, wished.TargetRoleARN)
-	add("policy", is.Policy, wished.Policy)
+	add("policy", string(is.Policy), string(wished.Policy))
 	add("disableSessionTags", fmt.Sprint(is.DisableSessionTags), fmt.Sprint(wished.DisableSessionTags))
 	add("tags", tagText(is.Tags), tagText(wished.Tags))
 	return out

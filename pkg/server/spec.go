@@ -3,6 +3,7 @@
 package server
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -173,8 +174,8 @@ type AssociationSpec struct {
 	ServiceAccount string `json:"serviceAccount"`
 	RoleARN        string `json:"roleArn"`
 	TargetRoleARN  string `json:"targetRoleArn,omitempty"`
-	// Policy is a JSON object in a string.
-	Policy             string            `json:"policy,omitempty"`
+	// Policy is a JSON object as a text, or, where it is read, as it is.
+	Policy             PolicyText        `json:"policy,omitempty"`
 	DisableSessionTags bool              `json:"disableSessionTags,omitempty"`
 	Tags               map[string]string `json:"tags,omitempty"`
 
@@ -184,10 +185,32 @@ type AssociationSpec struct {
 	ModifiedAt *time.Time `json:"modifiedAt,omitempty"` // answered
 }
 
+// PolicyText is a session policy. People may write it as YAML.
+type PolicyText string
+
+// UnmarshalJSON reads a text, or an object as the text of it.
+func (p *PolicyText) UnmarshalJSON(b []byte) error {
+	b = bytes.TrimSpace(b)
+	if len(b) == 0 || b[0] != '{' {
+		var text string
+		if err := json.Unmarshal(b, &text); err != nil {
+			return errors.New("a policy is an object, or the text of one in JSON")
+		}
+		*p = PolicyText(text)
+		return nil
+	}
+	var text bytes.Buffer
+	if err := json.Compact(&text, b); err != nil {
+		return fmt.Errorf("policy: %w", err)
+	}
+	*p = PolicyText(text.String())
+	return nil
+}
+
 func associationSpecOf(a association.Association) AssociationSpec {
 	s := AssociationSpec{
 		ID: a.ID, ARN: a.ARN, Cluster: a.Cluster, Namespace: a.Namespace, ServiceAccount: a.ServiceAccount,
-		RoleARN: a.RoleARN, TargetRoleARN: a.TargetRoleARN, Policy: a.Policy,
+		RoleARN: a.RoleARN, TargetRoleARN: a.TargetRoleARN, Policy: PolicyText(a.Policy),
 		DisableSessionTags: a.DisableSessionTags, ExternalID: a.ExternalID, OwnerARN: a.OwnerARN,
 		CreatedAt: &a.CreatedAt, ModifiedAt: &a.ModifiedAt,
 	}
