@@ -240,7 +240,11 @@ func TestParseAssociations(t *testing.T) {
 	if err != nil || len(got) != 2 || got[1].Associations[0].Cluster != "b" {
 		t.Errorf("two documents: %+v, %v", got, err)
 	}
+	if got, err = ParseAssociations([]byte("clusterName: a\nassociations: []\n")); err != nil || len(got) != 1 {
+		t.Errorf("none, and that in words: %+v, %v", got, err)
+	}
 	for name, text := range map[string]string{
+		"no associations": "clusterName: a\n", "a list of a template": "clusterName: a\nassociations:\n",
 		"nothing": "", "a comment": "# x\n", "no cluster": "associations: []\n", "no YAML": "a: [", "a member nobody knows": one + "prune: true\n",
 		"no role": "clusterName: a\nassociations:\n- {namespace: n, serviceAccount: s}\n", "twice": one + "- {namespace: n, serviceAccount: s, roleArn: q}\n",
 		"two documents of a cluster": one + "---\n" + one, "another cluster's": one + "- {clusterName: b, namespace: n, serviceAccount: t, roleArn: q}\n",

@@ -253,6 +253,10 @@ func ParseAssociations(data []byte) ([]AssociationFile, error) {
 		if f.Cluster == "" {
 			return nil, fmt.Errorf("%w: document %d: no clusterName", ErrConfig, i+1)
 		}
+		// With --prune that would delete everything, when a template has gone wrong.
+		if f.Associations == nil {
+			return nil, fmt.Errorf("%w: cluster %s: no associations; write associations: [] if it shall have none", ErrConfig, f.Cluster)
+		}
 		seen := map[[2]string]bool{}
 		for j := range f.Associations {
 			a := &f.Associations[j]
