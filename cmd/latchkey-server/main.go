@@ -18,6 +18,7 @@ import (
 	"strings"
 	"syscall"
 	"text/tabwriter"
+	"time"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -197,9 +198,15 @@ func dash(s string) string {
 	return s
 }
 
+// asideTimeout bounds what a command asks the server beside its own business: one
+// that is opening a large store accepts connections, and answers minutes later.
+const asideTimeout = 3 * time.Second
+
 // clusterNames completes the name of a cluster, if a server can be asked.
 func (c *cli) clusterNames(cmd *cobra.Command, _ []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
-	all, err := c.client().Clusters(cmd.Context())
+	ctx, cancel := context.WithTimeout(cmd.Context(), asideTimeout)
+	defer cancel()
+	all, err := c.client().Clusters(ctx)
 	if err != nil {
 		return nil, cobra.ShellCompDirectiveNoFileComp
 	}

@@ -5,6 +5,7 @@ package main
 import (
 	"bytes"
 	"errors"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -167,6 +168,30 @@ func TestCompletion(t *testing.T) {
 		if got := out.String(); !strings.Contains(got, want) || want == "" && !strings.HasPrefix(got, ":4") {
 			t.Errorf("%s: %q, want %q", line, got, want)
 		}
+	}
+}
+
+// A server that is still starting accepts and does not answer yet.
+func TestServerThatStarts(t *testing.T) {
+	dir, err := os.MkdirTemp("", "lks-") // a path that is short enough for a socket
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	ln, err := net.Listen("unix", filepath.Join(dir, "admin.sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	var errOut bytes.Buffer
+	root := newRoot(strings.NewReader(""), &bytes.Buffer{}, &errOut)
+	root.SetArgs([]string{"user", "add", "early", "--state-dir", dir})
+	if err := root.Execute(); err != nil {
+		t.Fatal(err)
+	}
+	users, err := permission.List(filepath.Join(dir, "users.yaml"))
+	if err != nil || len(users) != 1 || !strings.Contains(errOut.String(), "the server has not read the users file") {
+		t.Errorf("%+v, %v, said %q", users, err, errOut.String())
 	}
 }
 

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -253,7 +254,9 @@ func (c *cli) rightFile(cmd *cobra.Command) error {
 	if cmd.Flags().Changed("users") {
 		return nil
 	}
-	st, err := c.client().Status(cmd.Context())
+	ctx, cancel := context.WithTimeout(cmd.Context(), asideTimeout)
+	defer cancel()
+	st, err := c.client().Status(ctx)
 	if err != nil || st.UsersFile == "" {
 		return nil // nobody to ask
 	}
@@ -272,7 +275,9 @@ func (c *cli) rightFile(cmd *cobra.Command) error {
 // reload has a running server read the users file now. It would by itself soon,
 // so that a server that cannot be asked is no error.
 func (c *cli) reload(cmd *cobra.Command) {
-	if err := c.client().ReloadUsers(cmd.Context()); err != nil && !errors.Is(err, server.ErrNoServer) && !errors.Is(err, server.ErrNotPermitted) {
+	ctx, cancel := context.WithTimeout(cmd.Context(), asideTimeout)
+	defer cancel()
+	if err := c.client().ReloadUsers(ctx); err != nil && !errors.Is(err, server.ErrNoServer) && !errors.Is(err, server.ErrNotPermitted) {
 		fmt.Fprintln(c.errOut, "the server has not read the users file:", err)
 	}
 }
