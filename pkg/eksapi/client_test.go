@@ -5,6 +5,7 @@ package eksapi_test
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"regexp"
@@ -426,6 +427,76 @@ func TestWire(t *testing.T) {
 	if a := w.send(raw{method: "DELETE", path: "/clusters/prod/pod-identity-associations/" + id}); a.status != 200 || !form.MatchString(a.body) {
 		t.Errorf("deleted: %s", a.body)
 	}
+}
+
+// Every failure of the store is an error that the SDK knows, with its status.
+func TestStoreErrorsWithTheSDK(t *testing.T) {
+	for kind, want := range map[association.Kind]struct {
+		status    int
+		code      string
+		tagStatus int
+		tagCode   string
+	}{
+		association.InvalidParameter: {400, "InvalidParameterException", 400, "BadRequestException"},
+		association.InvalidRequest:   {400, "InvalidRequestException", 400, "BadRequestException"},
+		association.LimitExceeded:    {400, "ResourceLimitExceededException", 400, "BadRequestException"},
+		association.ClusterNotFound:  {404, "ResourceNotFoundException", 404, "NotFoundException"},
+		association.NotFound:         {404, "ResourceNotFoundException", 404, "NotFoundException"},
+		association.InUse:            {409, "ResourceInUseException", 400, "BadRequestException"},
+		association.BadTags:          {400, "BadRequestException", 400, "BadRequestException"},
+		association.TagsNotFound:     {404, "NotFoundException", 404, "NotFoundException"},
+		association.Unavailable:      {503, "ServiceUnavailableException", 503, "ServiceUnavailableException"},
+		association.Internal:         {500, "ServerException", 500, "ServerException"},
+	} {
+		t.Run(kind.String(), func(t *testing.T) {
+			message := ""
+			if want.status < 500 {
+				message = "the text"
+			}
+			w := newWorld(t, func(cfg *eksapi.Config) {
+				cfg.Associations = fakeStore{err: &association.Error{Kind: kind, Message: "the text", Cluster: "prod", Cause: errors.New("a cause")}}
+			})
+			_, err := w.as("ADMIN").ListPodIdentityAssociations(t.Context(), &eks.ListPodIdentityAssociationsInput{ClusterName: ptr("prod")})
+			wantError(t, err, want.status, want.code, message)
+			var limit *types.ResourceLimitExceededException
+			if kind == association.LimitExceeded && (!errors.As(err, &limit) || aws.ToString(limit.ClusterName) != "prod") {
+				t.Errorf("not the SDK's own type, or without the cluster: %v", err)
+			}
+			_, err = w.as("ADMIN").ListTagsForResource(t.Context(), &eks.ListTagsForResourceInput{ResourceArn: ptr("arn:aws:eks:" + region + ":" + account + ":cluster/prod")})
+			wantError(t, err, want.tagStatus, want.tagCode, message)
+			if strings.Contains(fmt.Sprint(err), "a cause") {
+				t.Errorf("the cause is told: %v", err)
+			}
+		})
+	}
+}
+
+// What an add-on owns is seen, with its owner, and changed through that alone.
+func TestOwnedWithTheSDK(t *testing.T) {
+	w := newWorld(t, nil)
+	addon := "arn:aws:eks:" + region + ":" + account + ":addon/prod/some-addon/1"
+	a, err := w.store.Create(t.Context(), association.CreateInput{Cluster: "prod", Namespace: "web", ServiceAccount: "api", RoleARN: role("api"), OwnerARN: addon})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := w.as("ADMIN")
+	described, err := c.DescribePodIdentityAssociation(t.Context(), &eks.DescribePodIdentityAssociationInput{ClusterName: ptr("prod"), AssociationId: &a.ID})
+	if err != nil || aws.ToString(described.Association.OwnerArn) != addon {
+		t.Errorf("%+v, %v", described, err)
+	}
+	listed, err := c.ListPodIdentityAssociations(t.Context(), &eks.ListPodIdentityAssociationsInput{ClusterName: ptr("prod")})
+	if err != nil || len(listed.Associations) != 1 || aws.ToString(listed.Associations[0].OwnerArn) != addon {
+		t.Errorf("%+v, %v", listed, err)
+	}
+	w.unchanged(func() {
+		_, err := c.UpdatePodIdentityAssociation(t.Context(), &eks.UpdatePodIdentityAssociationInput{ClusterName: ptr("prod"), AssociationId: &a.ID, RoleArn: ptr(role("other"))})
+		wantError(t, err, 400, "InvalidRequestException", "")
+		_, err = c.DeletePodIdentityAssociation(t.Context(), &eks.DeletePodIdentityAssociationInput{ClusterName: ptr("prod"), AssociationId: &a.ID})
+		wantError(t, err, 400, "InvalidRequestException", "")
+		// Who may not change it is not told whose it is.
+		_, err = w.as("READER").DeletePodIdentityAssociation(t.Context(), &eks.DeletePodIdentityAssociationInput{ClusterName: ptr("prod"), AssociationId: &a.ID})
+		wantError(t, err, 403, "AccessDeniedException", "")
+	})
 }
 
 // An SDK whose clock is wrong learns the time from the Date header, and goes on.
